@@ -1,0 +1,414 @@
+"""Every message of the swarm, as typed values, and their JSON. Pure: no sockets, no clocks.
+
+There are three wires, each with one union, so one `match` per reader can be checked to be complete:
+
+- the relay wire, between a participant and a relay (`ToRelay`, `FromRelay`);
+- the channel wire, by which two ends of a channel keep it going (`ChannelMessage`);
+- the peer wire, which rides in channels and carries sessions (`PeerMessage`), with a tensor body.
+
+docs/protocol.md tells the flows; a test holds its table against this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+import orjson
+from msgspec import Meta, Struct
+
+from shared.errors import ProtocolError
+from shared.identity import PeerId
+
+VERSION = 1
+
+MAX_CHUNK_BYTES = 64 * 1024
+"""No frame on any wire is longer than this, plus its header."""
+MAX_RELAY_MESSAGE_BYTES = 96 * 1024
+MAX_META_BYTES = 1024 * 1024
+MAX_BODY_BYTES = 256 * 1024 * 1024
+MAX_CONTEXT = 1 << 20
+
+Id = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=256)]
+Name = Annotated[str, Meta(max_length=64)]
+ModelName = Annotated[str, Meta(min_length=1, max_length=200)]
+Text = Annotated[str, Meta(max_length=1000)]
+SessionId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, Meta(ge=0, le=1 << 53)]
+Layer = Annotated[int, Meta(ge=0, le=10_000)]
+Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Milliseconds = Annotated[float, Meta(ge=0, le=1e12)]
+
+Path = Literal["direct", "relayed", "local"]
+"""What carried a message: a link between the two, a relay, or no wire at all."""
+PeerState = Literal["joining", "serving", "draining", "left"]
+
+
+# ---------------------------------------------------------------- signed records
+
+
+class SignedRecord(Struct, frozen=True):
+    """A JSON text and its signature. The text is kept as it was signed, so nobody has to re-create it."""
+
+    body: Annotated[str, Meta(max_length=8192)]
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+
+
+class Announcement(Struct, frozen=True, kw_only=True):
+    """What a peer says of itself. The newest valid one per peer wins; `left` withdraws it."""
+
+    peer: Id
+    sequence: Count
+    issued_at: Seconds
+    expires_at: Seconds
+    state: PeerState
+    name: Name
+    model: ModelName
+    artefact: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    tokenizer: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    """Hash of the tokenizer files that this peer hands out; see `Fetch`."""
+    layer_count: Layer
+    start: Layer
+    end: Layer
+    dtype: Name
+    device: Name
+    context_length: Position
+    kv_tokens_free: Count
+    """Positions that still fit in the peer's KV budget, for its whole span."""
+    ms_per_layer: Milliseconds | None = None
+    """One decode step through one layer, measured by the peer itself; None while unknown."""
+    relays: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=4)] = []
+
+
+class Greeting(Struct, frozen=True, kw_only=True):
+    """Half of a channel's handshake: an ephemeral X25519 key bound to both ids by the sender's signature."""
+
+    kind: Literal["offer", "answer"]
+    sender: Id
+    receiver: Id
+    channel: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    issued_at: Seconds
+    answers: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    """In an answer, the SHA-256 of the offer's body."""
+
+
+# ---------------------------------------------------------------- relay wire
+
+
+class Challenge(Struct, frozen=True, tag="challenge"):
+    """The relay's first word: prove that you hold your key by signing this nonce."""
+
+    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Login(Struct, frozen=True, tag="login"):
+    """Signature over the nonce, in the domain `corolla-login-1`."""
+
+    peer: Id
+    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+    version: int = VERSION
+
+
+class Welcome(Struct, frozen=True, tag="welcome"):
+    """Logged in. `address` is where the relay sees you; STUN answers at its host on `stun_port`."""
+
+    address: Name
+    stun_port: Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Announce(Struct, frozen=True, tag="announce"):
+    """Publish a signed announcement."""
+
+    record: SignedRecord
+
+
+class Lookup(Struct, frozen=True, tag="lookup"):
+    """Ask for the live announcements, of one model or of all; `watch` also asks for every later change."""
+
+    request: Count
+    model: ModelName | None = None
+    watch: bool = False
+
+
+class Found(Struct, frozen=True, tag="found"):
+    """Live announcements. Answers a lookup in one or more parts; `request` 0 marks a later change."""
+
+    request: Count
+    records: list[SignedRecord]
+    more: bool = False
+
+
+class Signal(Struct, frozen=True, tag="signal"):
+    """A signed greeting on its way; the relay fills in nothing and reads only `receiver`."""
+
+    receiver: Id
+    record: SignedRecord
+
+
+class Gone(Struct, frozen=True, tag="gone"):
+    """A participant you watch or exchange frames with is not connected to this relay (any more)."""
+
+    peer: Id
+
+
+class Denied(Struct, frozen=True, tag="denied"):
+    """The relay understood a message and refuses it; the connection stays unless `fatal`."""
+
+    reason: Text
+    fatal: bool = False
+
+
+class Restarting(Struct, frozen=True, tag="restarting"):
+    """The relay goes away on purpose; come back after about `retry_after_s`."""
+
+    retry_after_s: Seconds
+
+
+ToRelay = Login | Announce | Lookup | Signal
+FromRelay = Challenge | Welcome | Found | Signal | Gone | Denied | Restarting
+
+
+# ---------------------------------------------------------------- channel wire
+
+
+class Describe(Struct, frozen=True, tag="describe", kw_only=True):
+    """How to reach me directly: ICE credentials and candidates (RFC 8839), DTLS fingerprint (RFC 8122)."""
+
+    attempt: Count
+    ufrag: Name
+    password: Name
+    fingerprint: Annotated[str, Meta(max_length=200)]
+    candidates: Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=32)]
+    reply: bool = False
+
+
+class Ping(Struct, frozen=True, tag="ping"):
+    """Are you there? Answered on the same link, so its time is that link's round trip."""
+
+    number: Count
+
+
+class Pong(Struct, frozen=True, tag="pong"):
+    number: Count
+
+
+class Credit(Struct, frozen=True, tag="credit"):
+    """Every frame up to and including `received` was consumed: forget them, and send that much more."""
+
+    received: Count
+
+
+class Bye(Struct, frozen=True, tag="bye"):
+    """I close this channel on purpose."""
+
+    reason: Text = ""
+
+
+ChannelMessage = Describe | Ping | Pong | Credit | Bye
+
+
+# ---------------------------------------------------------------- peer wire
+
+
+class Tensor(Struct, frozen=True):
+    """What the body holds: little-endian numbers, rows first. Checked against the body's length."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "int32"]
+    shape: Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=3)]
+
+
+class Sampling(Struct, frozen=True, kw_only=True):
+    """How a token is drawn from logits. A draw depends on (seed, position) and the logits alone."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    """0 takes the most likely token."""
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] = 0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+
+    @property
+    def needs_history(self) -> bool:
+        """True when the tokens so far change the draw."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class RouteSpan(Struct, frozen=True):
+    """One entry of a route: the layers [start, end) that `peer` computes in a session."""
+
+    peer: Id
+    start: Layer
+    end: Layer
+    fresh: bool = True
+    """True when this peer has no KV cache of the session yet: the hop before it replays its input log."""
+
+
+class Hop(Struct, frozen=True):
+    """One span's visit by one token: what happened, with durations only, never clocks."""
+
+    peer: Id
+    start: Layer
+    end: Layer
+    waited_ms: Milliseconds
+    """From the arrival of the inputs to the start of the computation."""
+    computed_ms: Milliseconds
+    path: Path
+    """What carried the inputs here."""
+
+
+class Open(Struct, frozen=True, tag="open", kw_only=True):
+    """Reserve KV memory for a session's part of a route, or none of it.
+
+    The same session with a higher epoch takes a new route: a hop keeps its KV cache; older epochs drop.
+    """
+
+    session: SessionId
+    epoch: Count
+    artefact: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    route: Annotated[list[RouteSpan], Meta(min_length=1, max_length=512)]
+    index: Count
+    """Which entry of the route is the receiver's."""
+    max_tokens: Position
+    """The most positions that the session will ever hold."""
+    prompt_length: Position
+    credit: Position
+    """The ring may produce tokens up to, not including, this position without further credit."""
+    sampling: Sampling
+    stop_tokens: Annotated[list[TokenId], Meta(max_length=64)] = []
+    history: list[TokenId] = []
+    """For the last hop, and only when penalties need them: the tokens so far, prompt included."""
+
+
+class Opened(Struct, frozen=True, tag="opened"):
+    """The hop is ready. `position` is how many positions its KV cache holds of this session."""
+
+    session: SessionId
+    epoch: Count
+    position: Position
+
+
+class Decline(Struct, frozen=True, tag="decline"):
+    """The hop does not serve this session: `busy` may pass, the rest will not."""
+
+    session: SessionId
+    epoch: Count
+    code: Literal["busy", "artefact", "layers", "context", "draining", "invalid"]
+    message: Text
+    retry_after_s: Seconds = 0.0
+
+
+class Step(Struct, frozen=True, tag="step", kw_only=True):
+    """Inputs for positions [position, position + count): token ids for the first hop, else hidden states.
+
+    The hop truncates its KV cache to `position`, then appends `count`.
+    """
+
+    session: SessionId
+    epoch: Count
+    position: Position
+    count: Annotated[int, Meta(ge=1, le=MAX_CONTEXT)]
+    tensor: Tensor
+    sample: bool = False
+    """The last hop draws the next token after the last position."""
+    replay: bool = False
+    """Fills the KV cache of a fresh hop: passed on only while the next hop is fresh too, never sampled."""
+    hops: Annotated[list[Hop], Meta(max_length=512)] = []
+
+
+class Token(Struct, frozen=True, tag="token"):
+    """The token at `position`, from the last hop to the asker and to the first hop, with all its hops."""
+
+    session: SessionId
+    epoch: Count
+    position: Position
+    token: TokenId
+    hops: Annotated[list[Hop], Meta(max_length=512)] = []
+    stop: bool = False
+    """The token is one of the stop tokens: the ring ends here."""
+
+
+class Grant(Struct, frozen=True, tag="grant"):
+    """From the asker to the first hop: tokens up to, not including, position `credit` may be produced."""
+
+    session: SessionId
+    epoch: Count
+    credit: Position
+
+
+class Renew(Struct, frozen=True, tag="renew"):
+    """The asker still wants these sessions: their leases start anew."""
+
+    sessions: Annotated[list[SessionId], Meta(max_length=1024)]
+
+
+class Close(Struct, frozen=True, tag="close"):
+    """The session is over: free its KV cache and its input log."""
+
+    session: SessionId
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """A hop met an error of its own; the session cannot go on, and repeating it would not help."""
+
+    session: SessionId
+    epoch: Count
+    message: Text
+
+
+class Lost(Struct, frozen=True, tag="lost"):
+    """A hop cannot reach the next one, or no longer knows the session (`peer` is then itself)."""
+
+    session: SessionId
+    epoch: Count
+    peer: Id
+
+
+class Fetch(Struct, frozen=True, tag="fetch"):
+    """Ask a peer for the tokenizer files of the model that it serves."""
+
+    request: Count
+    artefact: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Files(Struct, frozen=True, tag="files"):
+    """Answers `Fetch`: names and sizes; the body holds the files one after another."""
+
+    request: Count
+    names: Annotated[list[Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,80}$")]], Meta(max_length=16)]
+    sizes: Annotated[list[Count], Meta(max_length=16)]
+
+
+PeerMessage = Open | Opened | Decline | Step | Token | Grant | Renew | Close | Failed | Lost | Fetch | Files
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def encode(message: Struct) -> bytes:
+    """A message as JSON."""
+    return orjson.dumps(msgspec.to_builtins(message))
+
+
+def decode(data: bytes | bytearray | memoryview | str, kind: Any) -> Any:  # noqa: ANN401 - a union is no type
+    """JSON as a message of the given struct or union. Raises ProtocolError for anything else."""
+    try:
+        return msgspec.convert(orjson.loads(data), type=kind)
+    except orjson.JSONDecodeError:
+        raise ProtocolError("a message is not valid JSON") from None
+    except msgspec.ValidationError as error:
+        raise ProtocolError(f"a message is not as the protocol says: {error}") from None
+    except RecursionError:
+        raise ProtocolError("a message is nested too deeply") from None
+
+
+def peer_id(value: str) -> PeerId:
+    """A validated `Id` as the type that identities use."""
+    return PeerId(value)
