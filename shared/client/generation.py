@@ -1,0 +1,164 @@
+"""Carry out a session: channels, time and cancellation around the pure machine in `session.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import ExitStack
+
+from shared.channel import Channel, Dialer, Priority
+from shared.client.session import (
+    ClientSession,
+    Drawn,
+    Effect,
+    Emit,
+    Event,
+    Finish,
+    PeerLost,
+    Planner,
+    Received,
+    Request,
+    Rerouted,
+    Send,
+)
+from shared.errors import ConnectionLost, SessionFailed
+from shared.identity import PeerId
+from shared.protocol import Close, PeerMessage
+
+RENEW_S = 10.0
+"""A third of the lease that hops give a session."""
+OPEN_TIMEOUT_S = 10.0
+STALL_S = 120.0
+"""Heartbeats notice lost peers within 1.5 s; this only ends a session whose peers live but are stuck."""
+CLOSE_TIMEOUT_S = 2.0
+INBOX_SIZE = 4096
+"""Messages waiting for a session. The credit window bounds them far below; when a peer sends more all the
+same, its channel waits until we have caught up."""
+
+
+class Generation:
+    """One running session. Iterate `events()` once; leaving the iteration closes the session at every hop.
+
+    `tasks` outlives the iteration, so that the last goodbyes need not be waited for.
+    """
+
+    def __init__(self, dialer: Dialer, request: Request, plan: Planner, tasks: asyncio.TaskGroup) -> None:
+        self.session = secrets.token_hex(16)
+        self._dialer = dialer
+        self._machine = ClientSession(self.session, request, plan)
+        self._tasks = tasks
+        self._inbox: asyncio.Queue[Event | Exception] = asyncio.Queue(INBOX_SIZE)
+        self._outboxes: dict[PeerId, asyncio.Queue[Send]] = {}
+        self._running: set[asyncio.Task[None]] = set()
+        self._channels: dict[PeerId, Channel] = {}
+        self._watches = ExitStack()
+
+    async def received(self, channel: Channel, message: PeerMessage) -> None:
+        """A message of this session came in from a hop."""
+        await self._inbox.put(Received(channel.peer, message))
+
+    def channel_closed(self, channel: Channel) -> None:
+        """Only the channel in use counts: an old one may close after its peer was dialled anew."""
+        if self._channels.get(channel.peer) is channel:
+            del self._channels[channel.peer]
+            self._start(self._inbox.put(PeerLost(channel.peer)))
+
+    async def events(self) -> AsyncGenerator[Drawn | Rerouted, None]:
+        """Tokens and re-routes until the answer is complete.
+
+        Raises NoRoute, Busy or SessionFailed with one sentence for people; what was yielded stays valid.
+        """
+        self._start(self._renew())
+        pending: deque[Effect] = deque(self._machine.start())
+        try:
+            while True:
+                while pending:
+                    match pending.popleft():
+                        case Send() as send:
+                            self._post(send)
+                        case Emit(event=event):
+                            yield event
+                        case Finish(error=None):
+                            return
+                        case Finish(error=error):
+                            raise error  # type: ignore[misc]  # the case above took None
+                pending.extend(await self._next_effects())
+        finally:
+            self._post_all(self._machine.cancel())
+            self._tasks.create_task(self._say_goodbye())
+
+    async def _next_effects(self) -> list[Effect]:
+        waiting = self._machine.awaiting
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S if waiting else STALL_S):
+                event = await self._inbox.get()
+        except TimeoutError:
+            if not waiting:
+                raise SessionFailed(
+                    f"no token came for {STALL_S:.0f} s although every peer answers; please ask again"
+                ) from None
+            return [effect for peer in waiting for effect in self._machine.handle(PeerLost(peer))]
+        if isinstance(event, Exception):
+            raise event
+        return self._machine.handle(event)
+
+    # ------------------------------------------------------------ sending
+
+    def _post(self, send: Send) -> None:
+        """Messages to one hop keep their order; hops do not wait for each other."""
+        if send.peer not in self._outboxes:
+            # Not bounded by a number: a session posts an open, its prompt's steps, and few small messages.
+            self._outboxes[send.peer] = asyncio.Queue()
+            self._start(self._deliver(send.peer))
+        self._outboxes[send.peer].put_nowait(send)
+
+    def _post_all(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                self._post(effect)
+
+    async def _deliver(self, peer: PeerId) -> None:
+        outbox = self._outboxes[peer]
+        while True:
+            send = await outbox.get()
+            try:
+                await self._deliver_one(send)
+            except ConnectionLost:
+                if not isinstance(send.message, Close):
+                    await self._inbox.put(PeerLost(peer))
+            except Exception as error:  # a mistake of ours surfaces where the asker is waiting
+                await self._inbox.put(error)
+            finally:
+                outbox.task_done()
+
+    async def _deliver_one(self, send: Send) -> None:
+        if isinstance(send.message, Close) and send.peer not in self._channels:
+            return  # never dial a peer only to say goodbye
+        channel = await self._dialer.channel(send.peer)
+        if self._channels.get(send.peer) is not channel:
+            self._channels[send.peer] = channel
+            self._watches.enter_context(channel.watched())
+        await channel.send(send.message, send.body, Priority.PREFILL if send.prefill else Priority.CONTROL)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            self._post_all(self._machine.renew())
+
+    # ------------------------------------------------------------ ending
+
+    async def _say_goodbye(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await asyncio.gather(*(outbox.join() for outbox in self._outboxes.values()))
+        self._watches.close()
+        for task in list(self._running):
+            task.cancel()
+
+    def _start(self, coroutine: Coroutine[object, object, None]) -> None:
+        task = self._tasks.create_task(coroutine)  # type: ignore[arg-type]
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)

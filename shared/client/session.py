@@ -1,0 +1,326 @@
+"""One session as its asker sees it: open a route, feed it, collect tokens, survive lost hops.
+
+A state machine without clocks or sockets: it takes events and returns effects, so that a simulator can run
+the very code that production runs. `generation.py` carries the effects out.
+
+Recovery in one paragraph. Every hop keeps the hidden states that it sent on (its input log); the asker keeps
+the token ids. When a hop is lost, the session takes a new route under the next epoch. A hop that has no KV
+cache of the session is marked fresh, and the hop before it replays its log to it, before it passes on the
+first step of the new epoch. That first step repeats the last known token, so every surviving hop truncates
+by at most the few positions that were in flight, and no token that was shown is sampled again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Literal, assert_never
+
+import msgspec
+
+from shared.errors import Busy, CorollaError, NoRoute, ProtocolError, SessionFailed
+from shared.identity import PeerId, short
+from shared.protocol import (
+    Close,
+    Decline,
+    Failed,
+    Grant,
+    Hop,
+    Lost,
+    Open,
+    Opened,
+    PeerMessage,
+    Renew,
+    RouteSpan,
+    Sampling,
+    Step,
+    Tensor,
+    Token,
+)
+
+PREFILL_CHUNK = 256
+"""Positions per prefill step: the second hop computes one chunk while the first computes the next."""
+CREDIT_WINDOW = 64
+"""Tokens that the ring may run ahead of the asker; a vanished asker costs at most this much work."""
+
+
+# ---------------------------------------------------------------- what the asker wants and gets
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One generation: token ids in, at most `max_new_tokens` ids out."""
+
+    artefact: str
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop_tokens: Sequence[int] = ()
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """One new token with the hops that made it; a `stop` token ends the answer and has no text."""
+
+    position: int
+    token: int
+    hops: Sequence[Hop]
+    stop: bool
+
+
+class Rerouted(msgspec.Struct, frozen=True):
+    """The session goes on along another route: `lost` could not be reached any more, or had no room."""
+
+    lost: PeerId
+    lost_span: tuple[int, int]
+    route: Sequence[RouteSpan]
+    declined: bool = False
+
+
+# ---------------------------------------------------------------- events and effects
+
+
+class Received(msgspec.Struct, frozen=True):
+    """A message of this session from a hop."""
+
+    peer: PeerId
+    message: PeerMessage
+
+
+class PeerLost(msgspec.Struct, frozen=True):
+    """The channel to a hop closed, or could not be opened."""
+
+    peer: PeerId
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Give a message to a hop; messages to one hop keep their order."""
+
+    peer: PeerId
+    message: PeerMessage
+    body: bytes = b""
+    prefill: bool = False
+
+
+class Emit(msgspec.Struct, frozen=True):
+    """Hand something to the asker."""
+
+    event: Drawn | Rerouted
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """The session is over; None means that the answer is complete."""
+
+    error: CorollaError | None = None
+
+
+Event = Received | PeerLost
+Effect = Send | Emit | Finish
+Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId]], list[RouteSpan]]
+"""Given the spans that survive and the peers to avoid, a whole route. Raises NoRoute or Busy."""
+
+
+# ---------------------------------------------------------------- the machine
+
+
+class ClientSession:
+    """Feed it `start`, then events; carry out the effects in order until a Finish."""
+
+    def __init__(self, session: str, request: Request, plan: Planner) -> None:
+        self.session = session
+        self.epoch = 0
+        self.route: list[RouteSpan] = []
+        self.tokens = list(request.prompt)
+        self._request = request
+        self._plan = plan
+        self._limit = len(self.tokens) + request.max_new_tokens
+        self._credit = 0
+        self._awaiting: set[PeerId] = set()
+        self._caught_up: set[PeerId] = set()
+        self._losses: dict[PeerId, int] = {}
+        self._state: Literal["opening", "running", "over"] = "opening"
+
+    @property
+    def peers(self) -> list[PeerId]:
+        """The peers of the current route, in order."""
+        return [PeerId(span.peer) for span in self.route]
+
+    @property
+    def awaiting(self) -> frozenset[PeerId]:
+        """The peers that have not answered the current `Open` yet; empty once the session runs."""
+        return frozenset(self._awaiting if self._state == "opening" else ())
+
+    def start(self) -> list[Effect]:
+        try:
+            self.route = self._plan([], frozenset())
+        except CorollaError as error:
+            return self._finish(error)
+        return self._open()
+
+    def handle(self, event: Event) -> list[Effect]:
+        if self._state == "over":
+            return []
+        match event:
+            case PeerLost(peer=peer):
+                return self._lose(peer)
+            case Received(peer=peer, message=message):
+                return self._receive(peer, message)
+            case _:
+                assert_never(event)
+
+    def cancel(self) -> list[Effect]:
+        """The asker wants no more."""
+        return [] if self._state == "over" else self._finish(None)
+
+    def renew(self) -> list[Effect]:
+        """Tell every hop that the session is still wanted; call it well within the lease."""
+        if self._state == "over":
+            return []
+        return [Send(peer, Renew([self.session])) for peer in self.peers]
+
+    # ------------------------------------------------------------ opening
+
+    def _open(self) -> list[Effect]:
+        self._state = "opening"
+        self._awaiting = set(self.peers)
+        self._credit = self._next_credit()
+        return [Send(peer, self._open_message(index)) for index, peer in enumerate(self.peers)]
+
+    def _open_message(self, index: int) -> Open:
+        request = self._request
+        is_last = index == len(self.route) - 1
+        return Open(
+            session=self.session,
+            epoch=self.epoch,
+            artefact=request.artefact,
+            route=self.route,
+            index=index,
+            max_tokens=self._limit,
+            prompt_length=len(request.prompt),
+            credit=self._credit,
+            sampling=request.sampling,
+            stop_tokens=list(request.stop_tokens),
+            history=self.tokens if is_last and request.sampling.needs_history else [],
+        )
+
+    def _opened(self, peer: PeerId) -> list[Effect]:
+        self._awaiting.discard(peer)
+        if self._awaiting:
+            return []
+        self._state = "running"
+        return self._feed()
+
+    def _feed(self) -> list[Effect]:
+        """Bring the ring to the point where it draws the next token."""
+        # Every hop that is not fresh holds all positions but the last: that token came through it.
+        resume = len(self.tokens) - 1 if self._caught_up else 0
+        effects: list[Effect] = []
+        if self.route[0].fresh and resume:
+            effects += self._steps(0, resume, replay=True)
+        return effects + self._steps(resume, len(self.tokens), replay=False)
+
+    def _steps(self, start: int, end: int, *, replay: bool) -> list[Effect]:
+        return [
+            self._step(position, min(position + PREFILL_CHUNK, end), last=end, replay=replay)
+            for position in range(start, end, PREFILL_CHUNK)
+        ]
+
+    def _step(self, start: int, end: int, *, last: int, replay: bool) -> Send:
+        step = Step(
+            session=self.session,
+            epoch=self.epoch,
+            position=start,
+            count=end - start,
+            tensor=Tensor("int32", [end - start]),
+            sample=end == last and not replay,
+            replay=replay,
+        )
+        return Send(self.peers[0], step, array("i", self.tokens[start:end]).tobytes(), prefill=True)
+
+    # ------------------------------------------------------------ running
+
+    def _receive(self, peer: PeerId, message: PeerMessage) -> list[Effect]:
+        match message:
+            case Opened(epoch=epoch) if epoch == self.epoch and self._state == "opening":
+                return self._opened(peer)
+            case Token(epoch=epoch) if epoch == self.epoch:
+                return self._drawn(message)
+            case Decline(epoch=epoch) if epoch == self.epoch:
+                return self._declined(peer, message)
+            case Failed(epoch=epoch) if epoch == self.epoch:
+                return self._finish(SessionFailed(f"peer {short(peer)} could not go on: {message.message}"))
+            case Lost(epoch=epoch) if epoch == self.epoch:
+                return self._lose(PeerId(message.peer))
+            case _:
+                return []  # of an epoch that is over
+
+    def _drawn(self, token: Token) -> list[Effect]:
+        if token.position != len(self.tokens):
+            return self._finish(
+                ProtocolError(f"a token for position {token.position} came, expected {len(self.tokens)}")
+            )
+        self._caught_up = set(self.peers)
+        self.tokens.append(token.token)
+        drawn: list[Effect] = [Emit(Drawn(token.position, token.token, token.hops, token.stop))]
+        if token.stop or len(self.tokens) >= self._limit:
+            return drawn + self._finish(None)
+        return drawn + self._grant()
+
+    def _grant(self) -> list[Effect]:
+        if self._credit >= self._limit or self._credit - len(self.tokens) > CREDIT_WINDOW // 2:
+            return []
+        self._credit = self._next_credit()
+        return [Send(self.peers[0], Grant(self.session, self.epoch, self._credit))]
+
+    def _next_credit(self) -> int:
+        return min(self._limit, len(self.tokens) + CREDIT_WINDOW)
+
+    # ------------------------------------------------------------ losing and ending
+
+    def _declined(self, peer: PeerId, decline: Decline) -> list[Effect]:
+        if decline.code in ("busy", "draining", "layers", "artefact"):
+            return self._reroute(peer, Busy(decline.message, decline.retry_after_s))
+        return self._finish(SessionFailed(f"peer {short(peer)} declined: {decline.message}"))
+
+    def _lose(self, peer: PeerId) -> list[Effect]:
+        if peer not in self.peers:
+            return []
+        return self._reroute(peer, None)
+
+    def _reroute(self, lost: PeerId, refusal: Busy | None) -> list[Effect]:
+        gone = self.route[self.peers.index(lost)]
+        self._losses[lost] = self._losses.get(lost, 0) + 1
+        self._caught_up.discard(lost)
+        try:
+            route = self._replan(lost)
+        except NoRoute as error:
+            return self._finish(refusal or error)
+        except CorollaError as error:
+            return self._finish(error)
+        dropped = [Send(peer, Close(self.session)) for peer in self.peers if peer not in _peers(route)]
+        self.route = [self._with_freshness(span) for span in route]
+        self.epoch += 1
+        rerouted = Rerouted(lost, (gone.start, gone.end), self.route, declined=refusal is not None)
+        return [*dropped, Emit(rerouted), *self._open()]
+
+    def _replan(self, lost: PeerId) -> list[RouteSpan]:
+        survivors = [span for span in self.route if span.peer != lost]
+        try:
+            return self._plan(survivors, frozenset(self._losses))
+        except NoRoute:
+            # Perhaps only a link broke: a peer that was lost once and is still announced gets another try.
+            twice = frozenset(peer for peer, losses in self._losses.items() if losses > 1)
+            if twice == frozenset(self._losses):
+                raise
+            return self._plan(survivors, twice)
+
+    def _with_freshness(self, span: RouteSpan) -> RouteSpan:
+        kept = any((old.peer, old.start, old.end) == (span.peer, span.start, span.end) for old in self.route)
+        return msgspec.structs.replace(span, fresh=not (kept and span.peer in self._caught_up))
+
+    def _finish(self, error: CorollaError | None) -> list[Effect]:
+        self._state = "over"
+        closes: list[Effect] = [Send(peer, Close(self.session)) for peer in self.peers]
+        return [*closes, Finish(error)]
+
+
+def _peers(route: Sequence[RouteSpan]) -> set[str]:
+    return {span.peer for span in route}

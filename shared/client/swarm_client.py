@@ -1,0 +1,169 @@
+"""A participant that asks: one identity, its relays, its map of the swarm, and its running sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from shared.channel import Channel, Dialer, Priority
+from shared.client.directory import Directory
+from shared.client.generation import Generation
+from shared.client.route_planner import Candidate, fill_route
+from shared.client.session import Drawn, Planner, Request, Rerouted
+from shared.errors import ConnectionLost, NoRoute, ProtocolError
+from shared.identity import Identity, PeerId
+from shared.protocol import (
+    Announcement,
+    Decline,
+    Failed,
+    Fetch,
+    Files,
+    Lost,
+    Opened,
+    Path,
+    PeerMessage,
+    RouteSpan,
+    Token,
+)
+from shared.relay_client import RelayClient
+from shared.spans import Span
+from shared.tokenizer_files import files_hash, split_files
+
+log = logging.getLogger(__name__)
+
+FETCH_TIMEOUT_S = 15.0
+
+
+class SwarmClient:
+    """Ask a swarm for tokens.
+
+    async with SwarmClient(identity, "http://relay:8787") as swarm:
+        async for event in swarm.generate(request): ...
+    """
+
+    def __init__(self, identity: Identity, relay_url: str, *, direct: bool = True) -> None:
+        self.identity = identity
+        self.directory = Directory()
+        self.relay = RelayClient(relay_url, identity)
+        self._dialer = Dialer(
+            identity, self.relay, self._handle, on_closed=self._channel_closed, direct=direct
+        )
+        self._generations: dict[str, Generation] = {}
+        self._fetches: dict[int, asyncio.Future[tuple[Files, bytes]]] = {}
+        self._requests = itertools.count(1)
+        self._stack = AsyncExitStack()
+        self._tasks = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        self.relay.watch(self.directory.add)
+        self.relay.on_gone(self.directory.gone)
+        await self._stack.enter_async_context(self.relay)
+        await self._stack.enter_async_context(self._dialer)
+        await self._stack.enter_async_context(self._tasks)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    # ------------------------------------------------------------ asking
+
+    async def generate(self, request: Request) -> AsyncGenerator[Drawn | Rerouted, None]:
+        """The tokens of an answer as they are drawn, and every change of route.
+
+        Raises NoRoute, Busy or SessionFailed; what was yielded before stays valid.
+        """
+        generation = Generation(self._dialer, request, self._planner(request), self._tasks)
+        self._generations[generation.session] = generation
+        try:
+            async for event in generation.events():
+                yield event
+        finally:
+            del self._generations[generation.session]
+
+    def _planner(self, request: Request) -> Planner:
+        salt = str(next(self._requests))
+        tokens = len(request.prompt) + request.max_new_tokens
+
+        def plan(survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
+            serving = self.directory.serving(request.artefact)
+            if not serving:
+                raise NoRoute("no live peer serves any layer of this model")
+            candidates = [self._candidate(peer) for peer in serving if peer.peer not in avoid]
+            first = serving[0]
+            return fill_route(
+                survivors, candidates, first.layer_count, model=first.model, tokens=tokens, salt=salt
+            )
+
+        return plan
+
+    def _candidate(self, announcement: Announcement) -> Candidate:
+        peer = PeerId(announcement.peer)
+        channel = self._dialer.channels.get(peer)
+        return Candidate(
+            peer=peer,
+            span=Span(announcement.start, announcement.end),
+            kv_tokens_free=announcement.kv_tokens_free,
+            ms_per_layer=announcement.ms_per_layer,
+            rtt_ms=channel.rtt_ms if channel else None,
+        )
+
+    async def fetch_files(self, artefact: str) -> Mapping[str, bytes]:
+        """The tokenizer files of a model, from any live peer that serves it, checked against their hash.
+
+        Raises NoRoute when nobody serves the artefact, ConnectionLost when no peer handed them out.
+        """
+        peers = [peer for peer in self.directory.live() if peer.artefact == artefact]
+        if not peers:
+            raise NoRoute("no live peer serves any layer of this model")
+        for announcement in peers:
+            try:
+                files = await self._fetch_from(PeerId(announcement.peer), artefact)
+            except (ConnectionLost, ProtocolError, TimeoutError) as error:
+                log.info("%s did not hand out its tokenizer: %s", announcement.name, error)
+                continue
+            if files_hash(files) == announcement.tokenizer:
+                return files
+            log.warning("%s handed out a tokenizer that is not the one it announced", announcement.name)
+        raise ConnectionLost(f"no peer of {peers[0].model} handed out its tokenizer")
+
+    async def _fetch_from(self, peer: PeerId, artefact: str) -> dict[str, bytes]:
+        request = next(self._requests)
+        answer: asyncio.Future[tuple[Files, bytes]] = asyncio.get_running_loop().create_future()
+        self._fetches[request] = answer
+        try:
+            async with asyncio.timeout(FETCH_TIMEOUT_S):
+                channel = await self._dialer.channel(peer)
+                await channel.send(Fetch(request, artefact), b"", Priority.CONTROL)
+                files, body = await answer
+        finally:
+            del self._fetches[request]
+        return split_files(files, body)
+
+    # ------------------------------------------------------------ listening
+
+    def links(self) -> dict[PeerId, tuple[Path, float | None]]:
+        """Open channels: what carries each now, and its round trip in ms when measured."""
+        return {peer: (channel.path, channel.rtt_ms) for peer, channel in self._dialer.channels.items()}
+
+    async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
+        match message:
+            case Opened() | Decline() | Token() | Failed() | Lost():
+                if generation := self._generations.get(message.session):
+                    await generation.received(channel, message)
+            case Files(request=request):
+                answer = self._fetches.get(request)
+                if answer is not None and not answer.done():
+                    answer.set_result((message, bytes(body)))
+            case _:
+                raise ProtocolError(f"a {type(message).__name__} is for peers, and I serve no layers")
+
+    def _channel_closed(self, channel: Channel) -> None:
+        for generation in list(self._generations.values()):
+            generation.channel_closed(channel)
