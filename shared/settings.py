@@ -1,0 +1,74 @@
+"""What the three commands share: common flags and their defaults, and how an error ends a command.
+
+A setting is taken from its flag, else from its environment variable, else from its default.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from yarl import URL
+
+from shared.errors import CorollaError, SettingsError
+
+DEFAULT_RELAY = "http://127.0.0.1:8787"
+
+RelayOption = Annotated[
+    str,
+    typer.Option("--relay", envvar="COROLLA_RELAY", metavar="URL", help="The relay to meet others at."),
+]
+LogLevelOption = Annotated[
+    str,
+    typer.Option("--log-level", envvar="COROLLA_LOG_LEVEL", help="debug, info, warning or error."),
+]
+
+
+def data_directory() -> Path:
+    """Where keys and databases live: COROLLA_HOME, else this system's place for a program's data."""
+    if home := os.environ.get("COROLLA_HOME"):
+        return Path(home).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "corolla"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "corolla"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "corolla"
+
+
+def relay_url(text: str) -> URL:
+    """The WebSocket address of a relay given as http(s)://host:port or ws(s)://host:port.
+
+    Raises SettingsError for anything else.
+    """
+    example = f"write it like {DEFAULT_RELAY} or wss://relay.example.org"
+    try:
+        url = URL(text.strip())
+        port = url.port
+    except ValueError:
+        raise SettingsError(f"{text!r} is not the address of a relay: {example}") from None
+    if url.scheme not in ("http", "https", "ws", "wss") or not url.host or not port:
+        raise SettingsError(f"{text!r} is not the address of a relay: {example}")
+    if url.user or url.password or url.query_string or url.fragment:
+        raise SettingsError(f"the address of a relay has no user, question mark or hash sign: {example}")
+    scheme = "wss" if url.scheme in ("https", "wss") else "ws"
+    path = url.path.rstrip("/")
+    return url.with_scheme(scheme).with_path(path if path.endswith("/ws") else f"{path}/ws")
+
+
+def run_command(app: typer.Typer) -> NoReturn:
+    """Run a command line and exit: 0 well, 1 for an error of ours, 2 for a flag that cannot be used.
+
+    An error of ours is one sentence on standard error, never a traceback: it was written for a person.
+    """
+    app.pretty_exceptions_enable = False
+    try:
+        # In its standalone mode typer itself ends the process for wrong flags (2), `--help` (0) and Ctrl-C.
+        app()
+    except CorollaError as error:
+        Console(stderr=True, soft_wrap=True).print(f"Error: {error}", style="bold red", markup=False)
+        sys.exit(2 if isinstance(error, SettingsError) else 1)
+    sys.exit(0)
