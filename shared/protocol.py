@@ -106,7 +106,10 @@ class Challenge(Struct, frozen=True, tag="challenge"):
 
 
 class Login(Struct, frozen=True, tag="login"):
-    """Signature over the nonce, in the domain `corolla-login-1`."""
+    """Signature in the domain `corolla-login-1` over the nonce's bytes, a zero byte, and the relay's host.
+
+    The host is the one dialled (the Host header), so a relay cannot pass this login on to another one.
+    """
 
     peer: Id
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
@@ -156,10 +159,14 @@ class Gone(Struct, frozen=True, tag="gone"):
 
 
 class Denied(Struct, frozen=True, tag="denied"):
-    """The relay understood a message and refuses it; the connection stays unless `fatal`."""
+    """The relay understood a message and refuses it; the connection stays unless `fatal`.
+
+    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send.
+    """
 
     reason: Text
     fatal: bool = False
+    peer: Id | None = None
 
 
 class Restarting(Struct, frozen=True, tag="restarting"):
