@@ -104,7 +104,7 @@ def _check_lease(announcement: Announcement) -> None:
     lease_s = announcement.expires_at - announcement.issued_at
     if not 0 < lease_s <= MAX_LEASE_S:
         raise ProtocolError(
-            f"an announcement needs a lease of more than 0 and at most {MAX_LEASE_S:.0f} s, not {lease_s:.0f} s"
+            f"an announcement needs a lease above 0 and at most {MAX_LEASE_S:.0f} s, not {lease_s:.0f} s"
         )
 
 
