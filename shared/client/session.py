@@ -198,7 +198,7 @@ class ClientSession:
             credit=self._credit,
             sampling=request.sampling,
             stop_tokens=list(request.stop_tokens),
-            history=self.tokens if is_last and request.sampling.needs_history else [],
+            history=list(self.tokens) if is_last and request.sampling.needs_history else [],
         )
 
     def _opened(self, peer: PeerId) -> list[Effect]:

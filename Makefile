@@ -1,0 +1,38 @@
+# Two commands do all the set-up on a fresh machine with Python 3.11+: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo install test check format browser clean
+
+demo: $(INSTALLED)  ## a relay, three peers and the page on this machine
+	@exec $(BIN)/python -m web --demo
+
+install: $(INSTALLED)  ## .venv with everything
+
+$(INSTALLED): pyproject.toml constraints.txt package-lock.json hatch_build.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test,check]'
+	@touch $(INSTALLED)
+
+test: $(INSTALLED) browser  ## every test
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED)  ## format, lint, types, import bars and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m 'not slow and not browser'
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+browser:  ## Chromium, for the tests of the page
+	@command -v chromium chromium-browser google-chrome >/dev/null || sh .ci/install-chromium
+
+clean:
+	rm -rf $(VENV) web/static/vendor .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,214 @@
+"""A peer's life: open the model, join, load, serve, drain, leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from peer.model.artefact import artefact_id
+from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
+from peer.model.span import Span as LoadedSpan
+from peer.serving.kv_budget import KvBudget
+from peer.serving.service import Offer, Service
+from peer.settings import PeerSettings, default_kv_bytes, default_threads
+from shared.announcement import LEASE_S, RENEW_EVERY_S, sign_announcement
+from shared.channel import Channel, Dialer
+from shared.errors import ConnectionLost, ProtocolError, SettingsError
+from shared.identity import Identity
+from shared.protocol import Announcement, Path, PeerMessage, PeerState
+from shared.relay_client import RelayClient
+from shared.spans import Span, parse_layers
+from shared.tokenizer_files import files_hash
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 20.0
+"""How long a peer that leaves lets its sessions finish; after that their askers re-route."""
+UNKNOWN_CONTEXT = 8192
+"""Positions offered when the model's config sets no bound (ALiBi models)."""
+
+
+class Peer:
+    """One peer in a swarm. Entering opens the model, joins the relay, loads the layers and announces them.
+
+    `progress(done_bytes, total_bytes)` hears of the loading. Raises ModelNotFound, UnsupportedModel,
+    SettingsError or RelayUnreachable, each with one sentence.
+    """
+
+    def __init__(
+        self,
+        settings: PeerSettings,
+        identity: Identity,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.identity = identity
+        self.relay = RelayClient(settings.relay, identity)
+        self.dialer = Dialer(
+            identity, self.relay, self._handle, on_closed=self._channel_closed, direct=settings.direct
+        )
+        self.device, self.dtype = _device_and_dtype(settings)
+        self.kv_budget = KvBudget(settings.kv_bytes if settings.kv_bytes is not None else default_kv_bytes())
+        self.name = settings.name or socket.gethostname()[:64]
+        self.model = ""
+        self.artefact = ""
+        self.layers = Span(0, 0)
+        self.layer_count = 0
+        self.service: Service | None = None
+        self._progress = progress
+        self._offer: Offer | None = None
+        self._state: PeerState = "joining"
+        self._sequence = 0
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            torch.set_num_threads(self.settings.threads or default_threads())
+            checkpoint = await asyncio.to_thread(open_checkpoint, self.settings.model)
+            await asyncio.to_thread(self._describe, checkpoint)
+            await stack.enter_async_context(self.relay)
+            await stack.enter_async_context(self.dialer)
+            # Announced before it loads, so that two newcomers do not take the same gap.
+            renewing = asyncio.create_task(self._keep_announced())
+            stack.push_async_callback(_stopped, renewing)
+            span = await asyncio.to_thread(self._load, checkpoint)
+            await stack.enter_async_context(self._serve(span))
+            await self.announce("serving")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(ConnectionLost):
+            await self.announce("left")
+        await self._stack.__aexit__(kind, error, trace)
+
+    async def drain(self, timeout_s: float = DRAIN_S) -> bool:
+        """Take no new sessions and wait for those that run; True when all of them finished in time."""
+        assert self.service is not None
+        self.service.draining = True
+        await self.announce("draining")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.service.drained(), timeout_s)
+        return self.service.session_count == 0
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    # ------------------------------------------------------------ joining
+
+    def _describe(self, checkpoint: Checkpoint) -> None:
+        self.model = checkpoint.name
+        self.layer_count = checkpoint.layer_count
+        self.layers = parse_layers(self.settings.layers, checkpoint.layer_count)
+        self.artefact = artefact_id(checkpoint, self.dtype_name, None)
+        context = getattr(checkpoint.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
+        self._offer = Offer(
+            artefact=self.artefact,
+            context_length=context,
+            tokenizer_files=tokenizer_files(checkpoint),
+            max_sessions=self.settings.max_sessions,
+        )
+
+    def _load(self, checkpoint: Checkpoint) -> LoadedSpan:
+        return LoadedSpan.load(
+            checkpoint,
+            self.layers.start,
+            self.layers.end,
+            dtype=self.dtype,
+            device=self.device,
+            progress=self._progress,
+        )
+
+    def _serve(self, span: LoadedSpan) -> Service:
+        assert self._offer is not None
+        self.service = Service(self.identity.id, span, self._offer, self.kv_budget, self.dialer.channel)
+        return self.service
+
+    # ------------------------------------------------------------ announcing
+
+    async def announce(self, state: PeerState) -> None:
+        """Tell the swarm what this peer serves now."""
+        self._state = state
+        await self.relay.announce(sign_announcement(self.identity, self._announcement()))
+
+    def _announcement(self) -> Announcement:
+        assert self._offer is not None
+        now = time.time()
+        # Rises even when the clock is set back while we run.
+        self._sequence = max(self._sequence + 1, int(now * 1000))
+        return Announcement(
+            peer=self.identity.id,
+            sequence=self._sequence,
+            issued_at=now,
+            expires_at=now + LEASE_S,
+            state=self._state,
+            name=self.name,
+            model=self.model,
+            artefact=self.artefact,
+            tokenizer=files_hash(self._offer.tokenizer_files),
+            layer_count=self.layer_count,
+            start=self.layers.start,
+            end=self.layers.end,
+            dtype=self.dtype_name,
+            device=self.device.type,
+            context_length=self._offer.context_length,
+            kv_tokens_free=self.service.kv_tokens_free if self.service else 0,
+            ms_per_layer=self.service.ms_per_layer if self.service else None,
+        )
+
+    async def _keep_announced(self) -> None:
+        while True:
+            with contextlib.suppress(ConnectionLost):  # the relay client comes back and says it again
+                await self.announce(self._state)
+            await asyncio.sleep(RENEW_EVERY_S)
+
+    # ------------------------------------------------------------ channels
+
+    async def _handle(
+        self, channel: Channel, message: PeerMessage, body: bytes | memoryview, path: Path
+    ) -> None:
+        if self.service is None:
+            raise ProtocolError("this peer is still loading its layers")
+        await self.service.handle(channel, message, body, path)
+
+    def _channel_closed(self, channel: Channel) -> None:
+        if self.service is not None:
+            self.service.channel_closed(channel)
+
+
+async def _stopped(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype]:
+    """Where and in which numbers to compute. Raises SettingsError for a device this machine does not have."""
+    device = settings.device
+    if device == "auto":
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError):
+        raise SettingsError(
+            f"--device {device} is not on this machine; leave it out to take what is"
+        ) from None
+    if settings.dtype != "auto":
+        return found, getattr(torch, settings.dtype)
+    # bf16 and fp16 products are seven times slower than f32 on a CPU without instructions for them.
+    return found, torch.float32 if found.type == "cpu" else torch.bfloat16

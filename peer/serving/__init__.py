@@ -1,0 +1,1 @@
+"""What a peer does for sessions: reserve memory, compute steps, pass them on."""

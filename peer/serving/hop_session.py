@@ -1,0 +1,318 @@
+"""One session's part on this peer: its KV cache, its input log, and its place in the ring.
+
+Everything that happens to a session is an item of its inbox, handled in order by one task, so that a new
+epoch never meets a half-finished step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from array import array
+from contextlib import ExitStack
+from typing import Protocol, assert_never
+
+import msgspec
+
+from peer.model.kv_cache import KVCache
+from peer.model.span import Span
+from peer.serving.compute import Computed, Draw, compute, row_bytes
+from peer.serving.executor import DECODE, PREFILL, Executor
+from peer.serving.input_log import InputLog
+from shared.channel import Channel, Priority
+from shared.errors import ConnectionLost, CorollaError
+from shared.identity import PeerId
+from shared.protocol import (
+    Failed,
+    Grant,
+    Hop,
+    Lost,
+    Open,
+    Opened,
+    Path,
+    PeerMessage,
+    RouteSpan,
+    Step,
+    Tensor,
+    Token,
+)
+
+log = logging.getLogger(__name__)
+
+INBOX_SIZE = 64
+"""Items waiting for one session. When it is full, the channel that brings more waits, and so its sender."""
+REPLAY_CHUNK = 256
+"""Positions per replayed step: the replacement computes one chunk while the next is on its way."""
+
+
+class Inputs(msgspec.Struct, frozen=True):
+    """A step as it came in, with its tensor."""
+
+    step: Step
+    body: bytes | memoryview
+    path: Path
+    arrived: float
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """The token that ends a round of the ring, as it came to the first hop."""
+
+    token: Token
+    path: Path
+    arrived: float
+
+
+Item = Open | Inputs | Arrival | Grant
+
+
+class Surroundings(Protocol):
+    """What a session needs of its peer."""
+
+    me: PeerId
+    span: Span
+    executor: Executor
+
+    async def channel(self, peer: PeerId) -> Channel: ...
+
+    def stepped(self, layers: int, count: int, computed_ms: float) -> None:
+        """A step of `count` positions through `layers` layers took this long."""
+
+
+class HopSession:
+    """Feed it items; it computes, passes on, and tells its asker."""
+
+    def __init__(self, opened: Open, asker: Channel, around: Surroundings) -> None:
+        self.open = opened
+        self.asker = asker
+        self.epoch = opened.epoch
+        """The newest epoch heard of, which may be ahead of the one that the inbox has reached."""
+        self._around = around
+        self._cache: KVCache | None = None
+        self._log = InputLog(row_bytes(around.span))
+        self._history: list[int] = []
+        self._held: Arrival | None = None
+        self._credit = 0
+        self._next_caught_up = False
+        self._over = False
+        self._inbox: asyncio.Queue[Item] = asyncio.Queue(INBOX_SIZE)
+        self._watches = ExitStack()
+        self._channels: dict[PeerId, Channel] = {}
+
+    @property
+    def mine(self) -> RouteSpan:
+        """This peer's entry of the route."""
+        return self.open.route[self.open.index]
+
+    @property
+    def position(self) -> int:
+        """Positions in the KV cache."""
+        return self._cache.length if self._cache is not None else 0
+
+    async def put(self, item: Item) -> None:
+        """Hand the session an item; waits while its inbox is full. A session that is over takes none."""
+        if not self._over:
+            await self._inbox.put(item)
+
+    def end(self) -> None:
+        """No more items: whoever waits to put one in is let go."""
+        self._over = True
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+
+    def uses(self, channel: Channel) -> bool:
+        """True when the ring passes from this hop through that channel."""
+        return self._channels.get(channel.peer) is channel
+
+    async def run(self) -> None:
+        """Handle items until cancelled. An error of ours ends the session with one sentence to the asker."""
+        with self._watches:
+            try:
+                while True:
+                    await self._handle(await self._inbox.get())
+            except CorollaError as error:
+                await self._fail(str(error)[:900])
+            except Exception:
+                # One session's mishap is no reason to drop the others; the asker gets no details of ours.
+                log.exception("session %s failed", self.open.session[:8])
+                await self._fail("an unexpected error, see this peer's log")
+
+    async def _fail(self, message: str) -> None:
+        self.end()
+        await self.tell(Failed(self.open.session, self.open.epoch, message))
+
+    async def _handle(self, item: Item) -> None:
+        match item:
+            case Open():
+                await self._take_route(item)
+            case Inputs():
+                await self._step(item)
+            case Arrival():
+                self._held = item
+                await self._advance()
+            case Grant():
+                self._credit = max(self._credit, item.credit)
+                await self._advance()
+            case _:
+                assert_never(item)
+
+    # ------------------------------------------------------------ routes
+
+    async def _take_route(self, opened: Open) -> None:
+        before, self.open = self.mine, opened
+        moved = (before.start, before.end) != (self.mine.start, self.mine.end)
+        self._credit = opened.credit
+        self._held = None
+        self._history = list(opened.history)
+        self._next_caught_up = False
+        if self._cache is None or moved or self.mine.fresh:
+            self._cache = await self._around.executor.run(
+                PREFILL, self._around.span.new_cache, self.mine.start, self.mine.end, opened.max_tokens
+            )
+            self._log = InputLog(row_bytes(self._around.span))
+        await self.tell(Opened(opened.session, opened.epoch, self.position))
+
+    def _next(self) -> RouteSpan | None:
+        after = self.open.index + 1
+        return self.open.route[after] if after < len(self.open.route) else None
+
+    # ------------------------------------------------------------ steps
+
+    async def _step(self, inputs: Inputs) -> None:
+        step = inputs.step
+        if step.epoch != self.open.epoch or self._cache is None:
+            return
+        if step.position > self._cache.length:
+            # Our memory of the session is not what the asker believes: ask for a replay, as if we were new.
+            await self._report_lost(self._around.me)
+            return
+        draw = self._draw(step) if self._next() is None and step.sample else None
+        computed = await self._around.executor.run(
+            DECODE if step.count == 1 else PREFILL,
+            compute,
+            self._around.span,
+            self._cache,
+            step,
+            inputs.body,
+            draw,
+        )
+        self._around.stepped(self.mine.end - self.mine.start, step.count, computed.computed_ms)
+        if self._next() is not None:
+            self._log.write(step.position, computed.body)
+        if self.epoch == step.epoch:
+            await self._pass_on(inputs, computed)
+
+    def _draw(self, step: Step) -> Draw:
+        position = step.position + step.count
+        del self._history[position:]
+        return Draw(self.open.sampling, self._history, self.open.prompt_length)
+
+    async def _pass_on(self, inputs: Inputs, computed: Computed) -> None:
+        step, following = inputs.step, self._next()
+        hop = Hop(
+            peer=self._around.me,
+            start=self.mine.start,
+            end=self.mine.end,
+            waited_ms=round(max(0.0, computed.started - inputs.arrived) * 1000, 3),
+            computed_ms=round(computed.computed_ms, 3),
+            path=inputs.path,
+        )
+        if following is None:
+            if computed.token is not None:
+                await self._close_round(step, computed.token, [*step.hops, hop])
+            return
+        if step.replay and not following.fresh:
+            return
+        assert computed.tensor is not None
+        onward = msgspec.structs.replace(step, tensor=computed.tensor, hops=[*step.hops, hop])
+        catching_up = not step.replay and not self._next_caught_up and following.fresh and not self.mine.fresh
+        if catching_up:
+            await self._replay(following, step.position)
+        self._next_caught_up = self._next_caught_up or not step.replay
+        # Behind a replay the first step must not overtake it, so it takes the same lane.
+        urgent = step.count == 1 and not catching_up and not step.replay
+        await self._send(following, onward, computed.body, urgent=urgent)
+
+    async def _replay(self, following: RouteSpan, end: int) -> None:
+        """Give a fresh hop everything that the lost one had seen."""
+        for start in range(0, end, REPLAY_CHUNK):
+            count = min(REPLAY_CHUNK, end - start)
+            step = Step(
+                session=self.open.session,
+                epoch=self.open.epoch,
+                position=start,
+                count=count,
+                tensor=Tensor(self._wire_dtype, [count, self._around.span.hidden_size]),
+                replay=True,
+            )
+            await self._send(following, step, self._log.read(start, start + count), urgent=False)
+
+    # ------------------------------------------------------------ the ring
+
+    async def _close_round(self, step: Step, token_id: int, hops: list[Hop]) -> None:
+        position = step.position + step.count
+        if self.open.sampling.needs_history:
+            self._history.append(token_id)
+        token = Token(
+            session=self.open.session,
+            epoch=self.open.epoch,
+            position=position,
+            token=token_id,
+            hops=hops,
+            stop=token_id in self.open.stop_tokens,
+        )
+        # To the first hop before the asker: the ring goes on while the asker reads.
+        if not token.stop:
+            await self._send(self.open.route[0], msgspec.structs.replace(token, hops=[]), urgent=True)
+        await self.tell(token)
+
+    async def _advance(self) -> None:
+        """At the first hop: start the next round, if a token is here and the asker granted one more."""
+        held = self._held
+        if held is None or held.token.epoch != self.open.epoch or held.token.position + 1 >= self._credit:
+            return
+        self._held = None
+        step = Step(
+            session=self.open.session,
+            epoch=self.open.epoch,
+            position=held.token.position,
+            count=1,
+            tensor=Tensor("int32", [1]),
+            sample=True,
+        )
+        body = array("i", [held.token.token]).tobytes()
+        await self._step(Inputs(step, body, held.path, held.arrived))
+
+    # ------------------------------------------------------------ sending
+
+    async def _send(self, to: RouteSpan, message: Step | Token, body: bytes = b"", *, urgent: bool) -> None:
+        peer = PeerId(to.peer)
+        if peer == self._around.me and isinstance(message, Token):
+            # A model on one peer: the ring closes on itself. The inbox has room, its task is here.
+            self._inbox.put_nowait(Arrival(message, "local", time.perf_counter()))
+            return
+        try:
+            channel = await self._channel(peer)
+            await channel.send(message, body, Priority.DECODE if urgent else Priority.PREFILL)
+        except ConnectionLost:
+            await self._report_lost(peer)
+
+    async def _channel(self, peer: PeerId) -> Channel:
+        channel = self._channels.get(peer)
+        if channel is None or channel.closed.is_set():
+            channel = self._channels[peer] = await self._around.channel(peer)
+            self._watches.enter_context(channel.watched())
+        return channel
+
+    async def _report_lost(self, peer: PeerId) -> None:
+        await self.tell(Lost(self.open.session, self.open.epoch, peer))
+
+    async def tell(self, message: PeerMessage) -> None:
+        """To the asker. One that is gone hears nothing: the lease then ends the session."""
+        with contextlib.suppress(ConnectionLost):
+            await self.asker.send(message, b"", Priority.CONTROL)
+
+    @property
+    def _wire_dtype(self) -> str:
+        return str(self._around.span.dtype).removeprefix("torch.")

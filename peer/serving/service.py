@@ -1,0 +1,310 @@
+"""Answer the messages that come to a peer: admit sessions, feed them, end them, hand out the tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Literal, Self, assert_never
+
+import msgspec
+
+from peer.model.span import Span
+from peer.serving.compute import row_bytes
+from peer.serving.executor import Executor
+from peer.serving.hop_session import Arrival, HopSession, Inputs
+from peer.serving.kv_budget import KvBudget
+from shared.channel import Channel, Priority
+from shared.errors import Busy, ProtocolError
+from shared.identity import PeerId, short
+from shared.protocol import (
+    Close,
+    Decline,
+    Failed,
+    Fetch,
+    Files,
+    Grant,
+    Lost,
+    Open,
+    Opened,
+    Path,
+    PeerMessage,
+    Renew,
+    RouteSpan,
+    Step,
+    Token,
+)
+from shared.tokenizer_files import pack_files
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 30.0
+"""A session whose asker is silent this long is closed; askers renew three times within it."""
+SWEEPS_PER_LEASE = 10
+SMOOTHING = 0.1
+"""Weight of the newest step in the measured time per layer."""
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """What this peer serves, besides its span."""
+
+    artefact: str
+    context_length: int
+    tokenizer_files: Mapping[str, bytes]
+    max_sessions: int = 256
+
+
+class Service:
+    """The serving side of a peer. `async with` it; give every message of every channel to `handle`.
+
+    `dial` gives the channel to another peer of a route.
+    """
+
+    def __init__(
+        self,
+        me: PeerId,
+        span: Span,
+        offer: Offer,
+        budget: KvBudget,
+        dial: Callable[[PeerId], Awaitable[Channel]],
+        *,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self.me = me
+        self.span = span
+        self.executor = Executor()
+        self.draining = False
+        self.ms_per_layer: float | None = None
+        """One decode step through one layer, smoothed over the last steps."""
+        self._offer = offer
+        self._budget = budget
+        self._dial = dial
+        self._lease_s = lease_s
+        self._admitted: dict[str, _Admitted] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._tasks = asyncio.TaskGroup()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(self.executor)
+        await self._stack.enter_async_context(self._tasks)
+        sweeper = self._tasks.create_task(self._sweep())
+        self._stack.callback(sweeper.cancel)
+        self._stack.callback(self._end_all)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
+
+    @property
+    def session_count(self) -> int:
+        return len(self._admitted)
+
+    @property
+    def kv_tokens_free(self) -> int:
+        """Positions through the whole span that still fit in the budget."""
+        return self._budget.free_bytes // self._bytes_per_token(self.span.start, self.span.end)
+
+    async def drained(self) -> None:
+        """Returns when no session is left."""
+        await self._empty.wait()
+
+    def channel_closed(self, channel: Channel) -> None:
+        """Askers whose ring passed through that channel learn of it at once."""
+        for admitted in self._admitted.values():
+            if admitted.session.uses(channel):
+                opened = admitted.session.open
+                lost = Lost(opened.session, opened.epoch, channel.peer)
+                self._tasks.create_task(admitted.session.tell(lost))
+
+    # ------------------------------------------------------------ what sessions need of us
+
+    async def channel(self, peer: PeerId) -> Channel:
+        return await self._dial(peer)
+
+    def stepped(self, layers: int, count: int, computed_ms: float) -> None:
+        if count != 1:
+            return
+        per_layer = computed_ms / layers
+        before = self.ms_per_layer if self.ms_per_layer is not None else per_layer
+        self.ms_per_layer = before + SMOOTHING * (per_layer - before)
+
+    # ------------------------------------------------------------ messages
+
+    async def handle(
+        self, channel: Channel, message: PeerMessage, body: bytes | memoryview, path: Path
+    ) -> None:
+        """Take one message. Raises ProtocolError for one that no honest participant sends us."""
+        arrived = time.perf_counter()
+        match message:
+            case Open():
+                await self._open(channel, message)
+            case Step():
+                await self._step(channel, Inputs(message, body, path, arrived))
+            case Token():
+                await self._token(channel, Arrival(message, path, arrived))
+            case Grant():
+                if admitted := self._from_asker(channel, message.session):
+                    await admitted.session.put(message)
+            case Renew(sessions=sessions):
+                for session in sessions:
+                    self._from_asker(channel, session)
+            case Close(session=session):
+                if self._from_asker(channel, session):
+                    self._end(session)
+            case Lost(session=session):
+                # A later hop does not know the session; only the asker can mend that.
+                if (admitted := self._admitted.get(session)) and message.peer == channel.peer:
+                    await admitted.session.tell(message)
+            case Fetch():
+                await self._hand_out(channel, message)
+            case Opened() | Decline() | Failed() | Files():
+                raise ProtocolError(f"a {type(message).__name__} is for askers, and I asked for nothing")
+            case _:
+                assert_never(message)
+
+    async def _step(self, channel: Channel, inputs: Inputs) -> None:
+        admitted = self._admitted.get(inputs.step.session)
+        if admitted is None:
+            lost = Lost(inputs.step.session, inputs.step.epoch, self.me)
+            await channel.send(lost, b"", Priority.CONTROL)
+        elif channel.peer == admitted.source:
+            await admitted.session.put(inputs)
+
+    async def _token(self, channel: Channel, arrival: Arrival) -> None:
+        admitted = self._admitted.get(arrival.token.session)
+        if admitted is not None and channel.peer == admitted.session.open.route[-1].peer:
+            await admitted.session.put(arrival)
+
+    async def _hand_out(self, channel: Channel, fetch: Fetch) -> None:
+        if fetch.artefact != self._offer.artefact:
+            raise ProtocolError("I do not serve the artefact whose tokenizer was asked for")
+        files, body = pack_files(fetch.request, self._offer.tokenizer_files)
+        await channel.send(files, body, Priority.PREFILL)
+
+    # ------------------------------------------------------------ admission
+
+    async def _open(self, channel: Channel, opened: Open) -> None:
+        admitted = self._admitted.get(opened.session)
+        if admitted is not None and opened.epoch <= admitted.session.epoch:
+            return
+        refusal = self._refusal(channel, opened) or self._reserve(opened)
+        if refusal is not None:
+            await channel.send(refusal, b"", Priority.CONTROL)
+            return
+        if admitted is None:
+            admitted = self._admit(channel, opened)
+        admitted.session.asker = channel
+        admitted.session.epoch = opened.epoch
+        admitted.source = PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
+        admitted.deadline = time.monotonic() + self._lease_s
+        await admitted.session.put(opened)
+
+    def _refusal(self, channel: Channel, opened: Open) -> Decline | None:
+        admitted = self._admitted.get(opened.session)
+        mine = _entry(opened, self.me)
+        if mine is None or (admitted is not None and admitted.session.asker.peer != channel.peer):
+            return _decline(
+                opened, "invalid", "the route does not name this peer, or the session is not yours"
+            )
+        if opened.artefact != self._offer.artefact:
+            return _decline(opened, "artefact", "this peer serves other weights")
+        if not self.span.start <= mine.start < mine.end <= self.span.end:
+            return _decline(opened, "layers", f"this peer serves layers {self.span.start}–{self.span.end}")
+        if opened.max_tokens > self._offer.context_length:
+            return _decline(
+                opened,
+                "context",
+                f"the model holds {self._offer.context_length} tokens, not {opened.max_tokens}",
+            )
+        if admitted is None and self.draining:
+            return _decline(opened, "draining", "this peer is leaving")
+        if admitted is None and len(self._admitted) >= self._offer.max_sessions:
+            return _decline(opened, "busy", f"this peer has {len(self._admitted)} sessions already", 2.0)
+        return None
+
+    def _reserve(self, opened: Open) -> Decline | None:
+        mine = opened.route[opened.index]
+        try:
+            self._budget.reserve(
+                opened.session, opened.max_tokens * self._bytes_per_token(mine.start, mine.end)
+            )
+        except Busy as busy:
+            return _decline(opened, "busy", str(busy), busy.retry_after_s)
+        return None
+
+    def _bytes_per_token(self, start: int, end: int) -> int:
+        """KV cache, and the input log where there is a next hop."""
+        log_bytes = row_bytes(self.span) if end < self.span.layer_count else 0
+        return self.span.kv_bytes_per_token(start, end) + log_bytes
+
+    def _admit(self, channel: Channel, opened: Open) -> _Admitted:
+        session = HopSession(opened, channel, self)
+        task = self._tasks.create_task(session.run())
+        admitted = self._admitted[opened.session] = _Admitted(session, task)
+        self._empty.clear()
+        log.debug("session %s of %s opened", opened.session[:8], short(channel.peer))
+        return admitted
+
+    def _from_asker(self, channel: Channel, session: str) -> _Admitted | None:
+        """The session, if it is this channel's to command; being asked about renews its lease."""
+        admitted = self._admitted.get(session)
+        if admitted is None or admitted.session.asker.peer != channel.peer:
+            return None
+        admitted.session.asker = channel
+        admitted.deadline = time.monotonic() + self._lease_s
+        return admitted
+
+    # ------------------------------------------------------------ endings
+
+    def _end(self, session: str) -> None:
+        admitted = self._admitted.pop(session)
+        admitted.task.cancel()
+        admitted.session.end()
+        self._budget.release(session)
+        if not self._admitted:
+            self._empty.set()
+
+    def _end_all(self) -> None:
+        for session in list(self._admitted):
+            self._end(session)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / SWEEPS_PER_LEASE)
+            now = time.monotonic()
+            for session in [name for name, admitted in self._admitted.items() if admitted.deadline < now]:
+                log.info("session %s fell silent and is closed", session[:8])
+                self._end(session)
+
+
+class _Admitted:
+    """A session and what the service must know to serve it."""
+
+    def __init__(self, session: HopSession, task: asyncio.Task[None]) -> None:
+        self.session = session
+        self.task = task
+        self.source: PeerId = session.asker.peer
+        """Who may send it steps."""
+        self.deadline = 0.0
+
+
+def _entry(opened: Open, me: PeerId) -> RouteSpan | None:
+    if opened.index >= len(opened.route) or opened.route[opened.index].peer != me:
+        return None
+    return opened.route[opened.index]
+
+
+def _decline(
+    opened: Open,
+    code: Literal["busy", "artefact", "layers", "context", "draining", "invalid"],
+    message: str,
+    retry_after_s: float = 0.0,
+) -> Decline:
+    return Decline(opened.session, opened.epoch, code, message, retry_after_s)
