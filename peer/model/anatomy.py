@@ -1,0 +1,226 @@
+"""Find the parts of any family's model: its layers, what runs before them, what runs after.
+
+No list of families: the family's own forward pass is run once with every layer skipped and every other part
+played by a stand-in that needs no weights, and we watch the order of the calls. A model that cannot be cut,
+because its layers are fed by more than the hidden states, shows here, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peer.model.errors import UnsupportedModel
+
+Argument: TypeAlias = Any
+"""What is handed to a layer or another part: each family does it in its own way."""
+
+COUNT = 3
+"""Positions in the trial run: not 1 and not 2, so that no shape agrees by chance."""
+
+
+class Reached(Exception):
+    """Leaves a family's forward pass with the hidden states [batch, count, hidden] that were wanted."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        self.hidden_states = hidden_states
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The outermost parts with weights that a model runs before its layers, and those it runs after them."""
+
+    before: list[nn.Module]
+    after: list[nn.Module]
+
+
+def find_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's layers in order: the outermost list that has as many entries as the config has layers."""
+    count = model.config.num_hidden_layers
+    lists = [
+        (name.count("."), part)
+        for name, part in model.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) == count
+    ]
+    if not lists:
+        raise UnsupportedModel(f"{model.config.model_type} models have no plain list of {count} layers")
+    return list(min(lists, key=lambda found: found[0])[1])
+
+
+def stand_in(part: nn.Module, fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """What plays an absent part: for embeddings and projections `fill(*shape)`, else its own input.
+
+    What it gives never reaches an answer: the hidden states that arrive replace it at the first layer.
+    """
+
+    def embed(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+        first = _first(args, kwargs)
+        # OPT looks positions up by an attention mask; one row for all positions is as good.
+        rows = (1, 1) if first.is_floating_point() else first.shape
+        return fill(*rows, part.embedding_dim)
+
+    def project(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+        return fill(*_first(args, kwargs).shape[:-1], part.out_features)
+
+    def pass_on(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+        return _first(args, kwargs)
+
+    if hasattr(part, "embedding_dim"):
+        return embed
+    return project if hasattr(part, "out_features") else pass_on
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    first: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+    return first
+
+
+def survey(model: PreTrainedModel, layers: list[nn.Module], run: Callable[..., Any]) -> Anatomy:
+    """Sort the parts of a model without weights. `run` calls it with `input_ids` or `inputs_embeds`."""
+    outside = list(_outside(model, layers))
+    embedding = model.get_input_embeddings()
+    ids = torch.zeros(1, COUNT, dtype=torch.int64)
+    hidden_states = torch.rand(1, COUNT, model.config.hidden_size)
+    kind = model.config.model_type
+    with_ids = _attempt(
+        f"{kind} models cannot be cut into spans", model, layers, outside, lambda: run(input_ids=ids)
+    )
+    fed = f"the layers of {kind} models are fed by more than hidden states and positions"
+    with_hidden = _attempt(fed, model, layers, outside, lambda: run(inputs_embeds=hidden_states))
+    if not _same(with_ids.arguments, with_hidden.arguments):
+        raise UnsupportedModel(fed)
+    before = [
+        part for part in outside if part is embedding or part in with_ids.called or part in with_hidden.called
+    ]
+    return Anatomy(before, [part for part in outside if part not in before])
+
+
+def _outside(model: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
+    """The outermost parts with weights of their own that are no layer and hold no layer."""
+    inner = {part for layer in layers for part in layer.modules()}
+    holders = {part for part in model.modules() if not inner.isdisjoint(part.modules())}
+
+    def walk(part: nn.Module) -> Iterator[nn.Module]:
+        for child in part.children():
+            if child in inner:
+                continue
+            if child not in holders and _holds_weights(child):
+                yield child
+            else:
+                yield from walk(child)
+
+    yield from dict.fromkeys(walk(model))
+
+
+def _holds_weights(part: nn.Module) -> bool:
+    persistent = (name for name in part._buffers if name not in part._non_persistent_buffers_set)
+    return any(True for _ in part._parameters.values()) or any(True for _ in persistent)
+
+
+@dataclass
+class _Watched:
+    """One trial run: parts called before the first layer, and what layers got besides hidden states."""
+
+    called: set[nn.Module]
+    arguments: list[Any]
+
+
+def _attempt(
+    refusal: str,
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    outside: list[nn.Module],
+    run: Callable[[], object],
+) -> _Watched:
+    """Watch a trial run; whatever goes wrong in the family's own code is a refusal."""
+    try:
+        return _watch(model, layers, outside, run)
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{refusal} ({type(error).__name__}: {error})") from error
+
+
+def _watch(
+    model: PreTrainedModel, layers: list[nn.Module], outside: list[nn.Module], run: Callable[[], Any]
+) -> _Watched:
+    seen = _Watched(set(), [])
+    kind = model.config.model_type
+    passed_on: list[torch.Tensor] = []
+
+    def act(part: nn.Module) -> Callable[..., torch.Tensor]:
+        play = stand_in(part, torch.rand)
+
+        def called(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+            if seen.arguments:
+                raise UnsupportedModel(f"{kind} models compute something between their layers")
+            seen.called.add(part)
+            return play(*args, **kwargs)
+
+        return called
+
+    def skip(index: int) -> Callable[..., torch.Tensor]:
+        def called(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+            if index != len(seen.arguments):
+                raise UnsupportedModel(f"{kind} models do not run their layers once and in order")
+            arriving, rest = split_arguments(args, kwargs)
+            if not passed_on:
+                if arriving.shape != (1, COUNT, model.config.hidden_size):
+                    raise UnsupportedModel(
+                        f"the layers of {kind} models pass on more than one row per position"
+                    )
+                passed_on.append(arriving)
+            seen.arguments.append(rest)
+            if index == len(layers) - 1:
+                raise Reached(arriving)
+            # Some families take a layer's output as it is, some take its first element. Whichever is
+            # handed to the next layer, that layer is skipped as well.
+            return passed_on[0]
+
+        return called
+
+    played = {layer: skip(index) for index, layer in enumerate(layers)}
+    played |= {part: act(part) for part in outside}
+    for part, forward in played.items():
+        part.forward = forward
+    try:
+        run()
+    except Reached:
+        return seen
+    finally:
+        for part in played:
+            del part.forward
+    raise UnsupportedModel(f"{kind} models do not run all of their layers")
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:
+    """A layer's arguments as the hidden states that reach it, and the rest."""
+    if args:
+        return args[0], [args[1:], kwargs]
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), [(), rest]
+
+
+def replace_hidden_states(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments with other hidden states."""
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": hidden_states}
+
+
+def _same(one: Argument, other: Argument) -> bool:
+    """True when all tensors in two nests of tuples, lists and dicts are equal. The rest is not compared."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, torch.Tensor) == isinstance(other, torch.Tensor)

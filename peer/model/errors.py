@@ -1,0 +1,23 @@
+"""What can go wrong with a model on this machine. Each text is one sentence that a person can act on."""
+
+from shared.errors import CorollaError
+
+
+class ModelNotFound(CorollaError):
+    """The name is neither a directory with a model nor a model of the hub that can be reached."""
+
+
+class UnsupportedModel(CorollaError):
+    """The model is there, but its family cannot be cut into spans, or its weights are of an unknown kind."""
+
+
+class CacheFull(CorollaError):
+    """A step would make a session longer than its cache, or than the model itself."""
+
+
+class BadInputs(CorollaError):
+    """A step does not fit the span or its cache: wrong shape, unknown token, or a gap in the positions."""
+
+
+class BadLogits(CorollaError):
+    """The logits are not numbers that a token can be drawn from."""

@@ -1,0 +1,309 @@
+"""Layers [start, end) of any family, ready to compute: ids or hidden states in, hidden states or logits out.
+
+The family's own forward pass does the work, so masks, position embeddings and all that is special about a
+family stay its own. What is not in the span has no weights and is skipped:
+
+- each layer's entry is a gate. Layers before the ones asked for are passed by; the first one gets the hidden
+  states that arrived; after the last one the forward pass is left at once;
+- what a family does before its layers (embedding, learned positions, first norm) is played by stand-ins when
+  the span does not hold layer 0; what it does after them (last norm, head) is simply never reached.
+
+So one loaded structure serves any run of layers inside the span, and layers keep their own numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peer.model import family
+from peer.model.anatomy import (
+    Anatomy,
+    Argument,
+    Reached,
+    find_layers,
+    replace_hidden_states,
+    stand_in,
+    survey,
+)
+from peer.model.checkpoint import Checkpoint
+from peer.model.errors import BadInputs, CacheFull, UnsupportedModel
+from peer.model.kv_cache import KVCache
+from peer.model.source import Progress
+
+
+@dataclass
+class Visit:
+    """The forward pass that runs now: which layers, from which hidden states, for which logits."""
+
+    start: int = 0
+    end: int = 0
+    arrived: torch.Tensor | None = None
+    all_logits: bool = False
+
+
+class Span:
+    """Layers [start, end) of a model on one device, and the ends where they touch them.
+
+    One forward pass runs at a time; a second caller waits.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, start: int, end: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.dtype = dtype
+        self.device = device
+        self.layer_count = int(model.config.num_hidden_layers)
+        self.hidden_size = int(model.config.hidden_size)
+        self.vocab_size = int(model.config.vocab_size)
+        self.context_length: int | None = getattr(model.config, "max_position_embeddings", None)
+        """Positions that the model was made for, if its config tells."""
+        self.bytes_read = 0
+        """Bytes of tensors that loading this span read."""
+        self._model = model
+        self._visit = Visit()
+        self._running = threading.Lock()
+        self._windows = family.attention_windows(model.config)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._learned_positions = False
+        self._token_bytes: list[int] = []
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        progress: Progress | None = None,
+    ) -> Span:
+        """Read layers [start, end), and the ends when they touch them. Nothing else is read.
+
+        `progress` hears of the bytes fetched from the hub, if any, and then of the bytes read. Raises
+        UnsupportedModel when the family cannot be cut into spans, before any weight is fetched.
+        """
+        if not 0 <= start < end <= checkpoint.layer_count:
+            raise ValueError(
+                f"layers {start}:{end} are not in a model with layers 0:{checkpoint.layer_count}"
+            )
+        model = family.skeleton(checkpoint.config, dtype)
+        family.check_rollback(checkpoint.config, model)
+        span = cls(model, start, end, dtype, torch.device(device))
+        span._cut()
+        read_before = checkpoint.bytes_read
+        names = family.names_to_read(model, checkpoint.tensor_names)
+        checkpoint.fetch(names, progress)
+        family.fill(model, read_later(checkpoint, names, progress), dtype, span.device)
+        span.bytes_read = checkpoint.bytes_read - read_before
+        span._token_bytes = span._measure_cache()
+        return span
+
+    @property
+    def weights_bytes(self) -> int:
+        """Memory that the weights take; tied ones count once."""
+        return sum(weight.nbytes for weight in {*self._model.parameters(), *self._model.buffers()})
+
+    def kv_bytes_per_token(self, start: int, end: int) -> int:
+        """Memory that one position of one session takes in layers [start, end)."""
+        self._check_range(start, end)
+        return sum(self._token_bytes[start - self.start : end - self.start])
+
+    def new_cache(self, start: int, end: int, capacity: int) -> KVCache:
+        """A cache for a session on layers [start, end) of this span. Memory is taken as positions come."""
+        self._check_range(start, end)
+        return KVCache(start, end, capacity, self._windows)
+
+    @torch.inference_mode()
+    def forward(
+        self, inputs: torch.Tensor, cache: KVCache, position: int, *, all_logits: bool = False
+    ) -> torch.Tensor:
+        """Truncate `cache` to `position`, then append the inputs and compute the cache's layers for them.
+
+        `inputs` are token ids [batch, count] when the cache's layers begin at 0, else hidden states
+        [batch, count, hidden]. Gives hidden states [batch, count, hidden] in the span's dtype; or, when the
+        cache's layers end where the model ends, float32 logits [batch, vocab] of the last position,
+        [batch, count, vocab] with `all_logits`.
+        """
+        inputs = self._checked(inputs, cache)
+        cache.truncate(position)
+        count = inputs.shape[1]
+        cache.check_room(count)
+        if cache.start == 0 and self._learned_positions and position + count > (self.context_length or 0):
+            raise CacheFull(f"this model has learned {self.context_length} positions and no more")
+        with self._running:
+            arrived = None if cache.start == 0 else inputs
+            self._visit = Visit(cache.start, cache.end, arrived, all_logits)
+            result = self._run(inputs, cache)
+        cache.commit(count)
+        return result
+
+    def _run(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        name = "input_ids" if cache.start == 0 else "inputs_embeds"
+        try:
+            logits = self._call(cache, **{name: inputs})
+        except Reached as reached:
+            return reached.hidden_states
+        return (logits if self._visit.all_logits else logits[:, -1]).float()
+
+    def _call(self, cache: KVCache, **inputs: torch.Tensor) -> torch.Tensor:
+        """The family's own forward pass, to logits. The inputs are [batch, count, ...]."""
+        arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": True}
+        if self._takes_positions:
+            batch, count = next(iter(inputs.values())).shape[:2]
+            positions = torch.arange(cache.length, cache.length + count, device=self.device)
+            arguments["position_ids"] = positions.expand(batch, count)
+        logits: torch.Tensor = self._model(**arguments).logits
+        return logits
+
+    def _before(self, forward: Argument, playing: Argument, *args: Argument, **kwargs: Argument) -> Argument:
+        """Stands for a part that runs before the layers: itself, or its stand-in when it has no say."""
+        return (forward if self._visit.arrived is None else playing)(*args, **kwargs)
+
+    def _gate(self, index: int, forward: Callable[..., Any], *args: Argument, **kwargs: Argument) -> Any:  # noqa: ANN401 - each family calls its layers in its own way
+        """What stands at the entry of layer `index`, whose own forward is `forward`."""
+        visit = self._visit
+        if index < visit.start:
+            # Whether the family takes this or its first element, the next gate ignores it.
+            return visit.arrived
+        if index == visit.start and visit.arrived is not None:
+            args, kwargs = replace_hidden_states(args, kwargs, visit.arrived)
+        output = forward(*args, **kwargs)
+        if index == visit.end - 1 and visit.end < self.layer_count:
+            raise Reached(output if isinstance(output, torch.Tensor) else output[0])
+        return output
+
+    def _narrow(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Before the head: of a long prompt, only the last position's logits are wanted."""
+        if self._visit.all_logits or not args:
+            return None
+        return (args[0][:, -1:], *args[1:])
+
+    def _cut(self) -> None:
+        """Take away what the span does not hold, and put the gates in."""
+        model, device = self._model, self.device
+        layers = find_layers(model)
+        inner = {part for layer in layers for part in layer.modules()}
+        family.make_buffers(model, (part for part in model.modules() if part not in inner), device)
+        cache = KVCache(0, 0, 0, self._windows)
+        with device, torch.inference_mode():
+            anatomy = survey(model, layers, lambda **inputs: self._call(cache, **inputs))
+        held = layers[self.start : self.end]
+        family.make_buffers(model, (part for layer in held for part in layer.modules()), device)
+        for layer in set(layers) - set(held):
+            drop_weights(layer)
+        self._cut_ends(anatomy)
+        for index, layer in enumerate(layers):
+            layer.forward = partial(self._gate, index, layer.forward)
+
+    def _cut_ends(self, anatomy: Anatomy) -> None:
+        model = self._model
+        embedding = model.get_input_embeddings()
+        holds_head = self.end == self.layer_count
+        others = [part for part in anatomy.before if part is not embedding]
+        self._learned_positions = any(hasattr(part, "embedding_dim") for part in others)
+        zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        for part in others:
+            part.forward = partial(self._before, part.forward, stand_in(part, zeros))
+        if self.start > 0:
+            for part in others:
+                drop_weights(part)
+            # The head may have no weights but the embedding's.
+            if not (holds_head and model.all_tied_weights_keys):
+                drop_weights(embedding)
+        if holds_head:
+            outputs: Callable[[], nn.Module | None] = model.get_output_embeddings
+            if head := outputs():
+                head.register_forward_pre_hook(self._narrow)
+        else:
+            model.all_tied_weights_keys = {}
+            for part in anatomy.after:
+                drop_weights(part)
+
+    def _measure_cache(self) -> list[int]:
+        """Bytes per position in each layer, from one position sent through. Shows too that the span works."""
+        cache = self.new_cache(self.start, self.end, 1)
+        if self.start == 0:
+            inputs = torch.zeros(1, 1, dtype=torch.int64)
+        else:
+            inputs = torch.ones(1, 1, self.hidden_size, dtype=self.dtype)
+        kind = self._model.config.model_type
+        try:
+            self.forward(inputs, cache, 0)
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{kind} models cannot be served in spans: {type(error).__name__}: {error}"
+            ) from error
+        kept = [cache.bytes_of(layer) for layer in range(self.start, self.end)]
+        if not all(kept):
+            raise UnsupportedModel(
+                f"{kind} models have layers that keep no keys and values: none can be rolled back"
+            )
+        return kept
+
+    def _check_range(self, start: int, end: int) -> None:
+        if not self.start <= start < end <= self.end:
+            raise ValueError(
+                f"layers {start}:{end} are not in this span, which holds {self.start}:{self.end}"
+            )
+
+    def _checked(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        if cache.start > 0:
+            if inputs.dim() != 3 or inputs.shape[2] != self.hidden_size or not inputs.is_floating_point():
+                raise BadInputs(
+                    f"layer {cache.start} takes hidden states [batch, count, {self.hidden_size}], "
+                    f"not {inputs.dtype} {list(inputs.shape)}"
+                )
+            return inputs.to(self.device, self.dtype)
+        if inputs.dim() != 2 or inputs.is_floating_point():
+            raise BadInputs(
+                f"layer 0 takes token ids [batch, count], not {inputs.dtype} {list(inputs.shape)}"
+            )
+        # A token outside the embedding would stop a GPU for good.
+        if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.vocab_size:
+            raise BadInputs(f"a token id is outside of this model's vocabulary of {self.vocab_size}")
+        return inputs.to(self.device, torch.int64)
+
+
+def drop_weights(part: nn.Module) -> None:
+    """Forget the tensors of a part, so that nothing is read for it, but keep what it tells about itself."""
+    for inner in part.modules():
+        for tensors in (inner._parameters, inner._buffers):
+            tensors.update(dict.fromkeys(tensors))
+
+
+@dataclass(frozen=True)
+class Later:
+    """A tensor of a checkpoint that is read when it is indexed, as transformers' loader does."""
+
+    read: Callable[[], torch.Tensor]
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        return self.read()[cast(Any, index)]
+
+
+def read_later(checkpoint: Checkpoint, names: list[str], progress: Progress | None) -> dict[str, Later]:
+    """The named tensors, each read on first use; `progress` hears of every one."""
+    total = sum(checkpoint.tensor(name).bytes for name in names)
+    before = checkpoint.bytes_read
+    telling = threading.Lock()
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.read(name)
+        if progress is not None:
+            with telling:
+                progress(checkpoint.bytes_read - before, total)
+        return tensor
+
+    return {name: Later(partial(read, name)) for name in names}
