@@ -1,0 +1,139 @@
+"""The map of the swarm: newest valid announcement per peer, whatever the relays say and in which order."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.announcement import sign_announcement
+from shared.client.directory import Directory
+from shared.errors import NoRoute
+from shared.identity import Identity
+from shared.protocol import Announcement, PeerState, SignedRecord
+from shared.spans import Span
+
+NOW = 1_800_000_000.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def announced(
+    identity: Identity,
+    start: int = 0,
+    end: int = 4,
+    *,
+    sequence: int = 1,
+    state: PeerState = "serving",
+    name: str = "ann",
+    artefact: str = "0" * 64,
+) -> SignedRecord:
+    announcement = Announcement(
+        peer=identity.id,
+        sequence=sequence,
+        issued_at=NOW,
+        expires_at=NOW + 45,
+        state=state,
+        name=name,
+        model="demo",
+        artefact=artefact,
+        tokenizer="1" * 64,
+        layer_count=8,
+        start=start,
+        end=end,
+        dtype="float32",
+        device="cpu",
+        context_length=2048,
+        kv_tokens_free=1000,
+    )
+    return sign_announcement(identity, announcement)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def directory(clock: Clock) -> Directory:
+    return Directory(clock)
+
+
+def test_the_newest_announcement_wins_in_any_order(directory: Directory) -> None:
+    ann = Identity.generate()
+    directory.add(announced(ann, 2, 6, sequence=2))
+    directory.add(announced(ann, 0, 4, sequence=1))
+    [live] = directory.live()
+    assert (live.start, live.end) == (2, 6)
+
+
+def test_a_forged_announcement_changes_nothing(directory: Directory) -> None:
+    record = announced(Identity.generate())
+    directory.add(SignedRecord(record.body.replace('"ann"', '"eve"'), record.signature))
+    directory.add(SignedRecord("{}", record.signature))
+    assert directory.live() == []
+
+
+def test_a_lease_that_ran_out_is_no_peer(directory: Directory, clock: Clock) -> None:
+    directory.add(announced(Identity.generate()))
+    clock.now += 44
+    assert len(directory.live()) == 1
+    clock.now += 2
+    assert directory.live() == []
+
+
+def test_a_peer_that_left_is_gone_and_its_older_word_cannot_bring_it_back(directory: Directory) -> None:
+    ann = Identity.generate()
+    directory.add(announced(ann, sequence=2, state="left"))
+    directory.add(announced(ann, sequence=1))
+    assert directory.live() == []
+
+
+def test_a_peer_that_is_not_connected_waits_for_its_next_announcement(directory: Directory) -> None:
+    ann = Identity.generate()
+    directory.add(announced(ann, sequence=1))
+    directory.gone(ann.id)
+    assert directory.live() == []
+    directory.add(announced(ann, sequence=1))
+    assert directory.live() == []
+    directory.add(announced(ann, sequence=2))
+    assert len(directory.live()) == 1
+
+
+def test_only_serving_peers_take_sessions_and_cover_layers(directory: Directory) -> None:
+    directory.add(announced(Identity.generate(), 0, 4))
+    directory.add(announced(Identity.generate(), 4, 8, state="joining"))
+    [model] = directory.models()
+    assert model.coverage == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert model.gaps == [Span(4, 8)]
+    assert not model.covered
+    assert len(directory.serving("0" * 64)) == 1
+
+
+def test_two_fine_tunes_of_one_name_are_two_models(directory: Directory) -> None:
+    directory.add(announced(Identity.generate(), 0, 4))
+    directory.add(announced(Identity.generate(), 4, 8, artefact="2" * 64))
+    assert [model.covered for model in directory.models()] == [False, False]
+
+
+def test_a_covered_model_is_found_first_and_an_unknown_one_is_said_to_be(directory: Directory) -> None:
+    directory.add(announced(Identity.generate(), 0, 4))
+    directory.add(announced(Identity.generate(), 0, 8, artefact="2" * 64))
+    assert directory.find("demo").artefact == "2" * 64
+    with pytest.raises(NoRoute, match="no live peer serves any layer of nothing"):
+        directory.find("nothing")
+
+
+def test_listeners_hear_of_changes_until_they_stop(directory: Directory) -> None:
+    heard: list[int] = []
+    stop = directory.listen(lambda: heard.append(len(directory.live())))
+    ann = Identity.generate()
+    directory.add(announced(ann))
+    directory.gone(ann.id)
+    stop()
+    directory.add(announced(ann, sequence=2))
+    assert heard == [1, 0]
