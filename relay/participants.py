@@ -1,0 +1,158 @@
+"""Who is connected to the relay right now, and how to send each of them something without ever waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+import aiohttp
+from aiohttp import web
+
+from relay.settings import RelaySettings
+from shared.identity import PeerId, id_bytes, short
+from shared.protocol import Denied, FromRelay, Gone, encode
+
+log = logging.getLogger(__name__)
+
+# Beyond this many, the oldest acquaintance is not told when a participant goes; its own beats will notice.
+MAX_CONTACTS = 4096
+# How long the last words to a participant may take before its connection is cut.
+LAST_WORDS_S = 5.0
+# aiohttp waits for a slow reader only after this many bytes: never. The relay bounds the backlog itself.
+NEVER_WAIT = 1 << 62
+
+
+class Participant:
+    """One logged-in connection.
+
+    Its outgoing queue is the transport's own buffer, bounded by `frame_backlog_bytes` for frames (dropped
+    beyond it) and `control_backlog_bytes` for all else (disconnected beyond it). Sending never waits.
+    """
+
+    def __init__(
+        self,
+        peer: PeerId,
+        socket: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        settings: RelaySettings,
+    ) -> None:
+        self.peer = peer
+        self.raw_id = id_bytes(peer)
+        self.watches: set[str | None] = set()
+        # Ordered, so that the oldest can be dropped; bounded by MAX_CONTACTS.
+        self.contacts: dict[PeerId, None] = {}
+        self._socket = socket
+        self._transport = transport
+        self._frame_backlog = settings.frame_backlog_bytes
+        self._control_backlog = settings.control_backlog_bytes
+
+    async def send(self, message: FromRelay) -> None:
+        await self.send_encoded(encode(message))
+
+    async def send_encoded(self, message: bytes) -> None:
+        """Send a control message. A participant that never reads is cut off rather than waited for."""
+        if self._transport.get_write_buffer_size() > self._control_backlog:
+            log.info("%s does not read what it asked for: disconnected", short(self.peer))
+            self._transport.abort()
+            return
+        await self._write(message, aiohttp.WSMsgType.TEXT)
+
+    async def send_frame(self, frame: bytes) -> bool:
+        """Send a frame; False when too much waits already and the frame was dropped."""
+        if self._transport.get_write_buffer_size() + len(frame) > self._frame_backlog:
+            return False
+        await self._write(frame, aiohttp.WSMsgType.BINARY)
+        return True
+
+    async def dismiss(self, reason: str) -> None:
+        """Tell why, and end the connection soon, whether or not the other side still reads."""
+        await self.send(Denied(reason, fatal=True))
+        self._transport.close()
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._transport.abort)
+
+    async def close(self) -> None:
+        """End the connection in good order, waiting a moment for the other side."""
+        await self._socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
+
+    async def _write(self, data: bytes, kind: aiohttp.WSMsgType) -> None:
+        try:
+            await self._socket.send_frame(data, kind)
+        except (ConnectionError, aiohttp.ClientError):
+            # It is going; its own session notices and tells everyone concerned.
+            log.debug("a message to %s came too late", short(self.peer))
+
+
+class Participants:
+    """All logged-in connections, one per id, and who watches what."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[PeerId, Participant] = {}
+        self._by_raw_id: dict[bytes, Participant] = {}
+        self._watchers: dict[str | None, set[Participant]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, peer: PeerId) -> bool:
+        return peer in self._by_id
+
+    def all(self) -> list[Participant]:
+        return list(self._by_id.values())
+
+    def get(self, peer: PeerId) -> Participant | None:
+        return self._by_id.get(peer)
+
+    def at(self, raw_id: bytes) -> Participant | None:
+        """By the 32 bytes that a frame starts with."""
+        return self._by_raw_id.get(raw_id)
+
+    def add(self, participant: Participant) -> None:
+        self._by_id[participant.peer] = participant
+        self._by_raw_id[participant.raw_id] = participant
+
+    def remove(self, participant: Participant) -> bool:
+        """Forget a connection; False when a newer login has taken its place already."""
+        for model in participant.watches:
+            watchers = self._watchers[model]
+            watchers.discard(participant)
+            if not watchers:
+                del self._watchers[model]
+        participant.watches.clear()
+        if self._by_id.get(participant.peer) is not participant:
+            return False
+        del self._by_id[participant.peer]
+        del self._by_raw_id[participant.raw_id]
+        return True
+
+    def watch(self, participant: Participant, model: str | None) -> None:
+        participant.watches.add(model)
+        self._watchers.setdefault(model, set()).add(participant)
+
+    def watchers(self, model: str | None) -> Iterable[Participant]:
+        """Who watches exactly this model; None for those who watch all."""
+        return tuple(self._watchers.get(model, ()))
+
+    def meet(self, one: Participant, other: Participant) -> None:
+        """Remember that two exchanged something: when one goes, the other is told at once."""
+        _remember(one.contacts, other.peer)
+        _remember(other.contacts, one.peer)
+
+    async def tell_gone(self, participant: Participant, model: str | None) -> None:
+        """Tell everyone whom the end of a connection concerns; `model` is what it announced, if anything."""
+        concerned = {self._by_id[peer] for peer in participant.contacts if peer in self._by_id}
+        if model is not None:
+            concerned.update(self.watchers(None), self.watchers(model))
+        concerned.discard(participant)
+        message = encode(Gone(participant.peer))
+        for other in concerned:
+            other.contacts.pop(participant.peer, None)
+            await other.send_encoded(message)
+
+
+def _remember(contacts: dict[PeerId, None], peer: PeerId) -> None:
+    if peer in contacts:
+        return
+    if len(contacts) >= MAX_CONTACTS:
+        del contacts[next(iter(contacts))]
+    contacts[peer] = None
