@@ -221,10 +221,13 @@ ChannelMessage = Describe | Ping | Pong | Credit | Bye
 # ---------------------------------------------------------------- peer wire
 
 
+WireDtype = Literal["float32", "float16", "bfloat16", "int32"]
+
+
 class Tensor(Struct, frozen=True):
     """What the body holds: little-endian numbers, rows first. Checked against the body's length."""
 
-    dtype: Literal["float32", "float16", "bfloat16", "int32"]
+    dtype: WireDtype
     shape: Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=3)]
 
 

@@ -14,9 +14,9 @@ from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.sampling import sample
 from peer.model.span import Span
-from shared.protocol import Sampling, Step, Tensor
+from shared.protocol import Sampling, Step, Tensor, WireDtype
 
-_FROM_WIRE = {
+_FROM_WIRE: dict[WireDtype, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -66,6 +66,11 @@ def row_bytes(span: Span) -> int:
     return span.hidden_size * torch.tensor([], dtype=span.dtype).element_size()
 
 
+def wire_dtype(span: Span) -> WireDtype:
+    """The format in which this span's hidden states travel."""
+    return _TO_WIRE[span.dtype]
+
+
 def _inputs(step: Step, body: bytes | memoryview) -> torch.Tensor:
     """[1, count] token ids or [1, count, hidden] hidden states; the span checks that they fit it."""
     dtype = _FROM_WIRE[step.tensor.dtype]
@@ -86,6 +91,5 @@ def _to_wire(hidden: torch.Tensor) -> tuple[Tensor, bytes]:
     hidden = hidden.detach().to("cpu").contiguous()
     if not torch.isfinite(hidden).all():
         raise BadInputs("the layers gave numbers that are not finite")
-    name = _TO_WIRE[hidden.dtype]
     wire = hidden.view(torch.uint8).numpy().tobytes()
-    return Tensor(name, list(hidden.shape)), wire  # type: ignore[arg-type]
+    return Tensor(_TO_WIRE[hidden.dtype], list(hidden.shape)), wire

@@ -18,7 +18,7 @@ import msgspec
 
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
-from peer.serving.compute import Computed, Draw, compute, row_bytes
+from peer.serving.compute import Computed, Draw, compute, row_bytes, wire_dtype
 from peer.serving.executor import DECODE, PREFILL, Executor
 from peer.serving.input_log import InputLog
 from shared.channel import Channel, Priority
@@ -243,7 +243,7 @@ class HopSession:
                 epoch=self.open.epoch,
                 position=start,
                 count=count,
-                tensor=Tensor(self._wire_dtype, [count, self._around.span.hidden_size]),
+                tensor=Tensor(wire_dtype(self._around.span), [count, self._around.span.hidden_size]),
                 replay=True,
             )
             await self._send(following, step, self._log.read(start, start + count), urgent=False)
@@ -312,7 +312,3 @@ class HopSession:
         """To the asker. One that is gone hears nothing: the lease then ends the session."""
         with contextlib.suppress(ConnectionLost):
             await self.asker.send(message, b"", Priority.CONTROL)
-
-    @property
-    def _wire_dtype(self) -> str:
-        return str(self._around.span.dtype).removeprefix("torch.")

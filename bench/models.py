@@ -1,0 +1,38 @@
+"""Models with random weights, made on the spot: real shapes, no download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from peer.settings import DEMO_MODEL
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def random_llama(directory: Path, **changes: int) -> Path:
+    """A Llama of about 110 million parameters with random float32 weights, saved under `directory`.
+
+    `changes` replaces entries of the config. It gets the demo model's tokenizer, so that it can be chatted with.
+    """
+    shape = {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**shape, **changes}), dtype=torch.float32)
+    model.save_pretrained(directory)
+    for name in TOKENIZER_FILES:
+        source = Path(DEMO_MODEL) / name
+        if source.exists():
+            (directory / name).write_bytes(source.read_bytes())
+    return directory

@@ -1,0 +1,1 @@
+"""Real swarms for tests: in one process, or as processes that can be killed."""

@@ -1,0 +1,148 @@
+"""A real swarm in one process: a relay, peers with real channels, and a client that asks.
+
+async with Swarm(model) as swarm:
+    await swarm.start(ann=(0, 4), bob=(4, 8))
+    answer = swarm.ask([1, 2, 3])
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from peer.lifecycle import Peer
+from peer.settings import PeerSettings
+from relay.app import Relay
+from relay.settings import RelaySettings
+from shared.client.session import Drawn, Request, Rerouted
+from shared.client.swarm_client import SwarmClient
+from shared.identity import Identity, PeerId
+from shared.protocol import Sampling
+
+READY_S = 30.0
+
+
+class Swarm:
+    """Names stand for peers; a peer is started with the layers [start, end) it serves."""
+
+    def __init__(self, model: Path, *, direct: bool = True, kv_bytes: int = 1 << 30) -> None:
+        self.model = model
+        self.relay = Relay(RelaySettings(port=0))
+        self.peers: dict[str, Peer] = {}
+        self.client: SwarmClient
+        self._direct = direct
+        self._kv_bytes = kv_bytes
+        self._stack = AsyncExitStack()
+        self._peer_stacks: dict[str, AsyncExitStack] = {}
+
+    async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(self.relay)
+        self.client = await self._stack.enter_async_context(
+            SwarmClient(Identity.generate(), self.relay.url, direct=self._direct)
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in list(self.peers):
+            await self.stop(name)
+        await self._stack.__aexit__(kind, error, trace)
+
+    # ------------------------------------------------------------ peers
+
+    async def start(self, **spans: tuple[int, int]) -> None:
+        """Start peers and wait until the client sees them serve."""
+        for name, (start, end) in spans.items():
+            await self.start_one(name, f"{start}:{end}")
+
+    async def start_one(self, name: str, layers: str, *, model: Path | None = None) -> Peer:
+        settings = PeerSettings(
+            relay=self.relay.url,
+            model=str(model or self.model),
+            layers=layers,
+            name=name,
+            kv_bytes=self._kv_bytes,
+            threads=1,
+            direct=self._direct,
+        )
+        stack = AsyncExitStack()
+        peer = await stack.enter_async_context(Peer(settings, Identity.generate()))
+        self.peers[name] = peer
+        self._peer_stacks[name] = stack
+        await self.until(lambda: name in {live.name for live in self.client.directory.serving(peer.artefact)})
+        return peer
+
+    async def stop(self, name: str) -> None:
+        """End a peer without letting its sessions finish."""
+        del self.peers[name]
+        await self._peer_stacks.pop(name).aclose()
+
+    def name(self, peer: str) -> str:
+        return self.client.directory.name(PeerId(peer))
+
+    @property
+    def artefact(self) -> str:
+        return next(iter(self.peers.values())).artefact
+
+    def reserved_bytes(self) -> dict[str, int]:
+        """KV memory that each peer holds for sessions."""
+        return {name: peer.kv_budget.reserved_bytes for name, peer in self.peers.items()}
+
+    # ------------------------------------------------------------ asking
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        *,
+        new: int = 12,
+        sampling: Sampling | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> AsyncGenerator[Drawn | Rerouted, None]:
+        request = Request(
+            artefact=self.artefact,
+            prompt=list(prompt),
+            max_new_tokens=new,
+            sampling=sampling or Sampling(),
+            stop_tokens=stop_tokens,
+        )
+        return self.client.generate(request)
+
+    def reference(self, prompt: Sequence[int], *, new: int = 12) -> list[int]:
+        """What transformers' own greedy generation gives on the unsplit model."""
+        return reference(self.model, prompt, new)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the directory shows."""
+        changed = asyncio.Event()
+        stop = self.client.directory.listen(changed.set)
+        try:
+            async with asyncio.timeout(READY_S):
+                while not condition():
+                    changed.clear()
+                    await changed.wait()
+        finally:
+            stop()
+
+
+def tokens(events: Sequence[Drawn | Rerouted]) -> list[int]:
+    """The token ids among the events of an answer."""
+    return [event.token for event in events if isinstance(event, Drawn)]
+
+
+def reference(model: Path, prompt: Sequence[int], new: int) -> list[int]:
+    """Greedy continuation by transformers on the whole model, in float32, never stopping early."""
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = torch.tensor([list(prompt)])
+    whole.generation_config.eos_token_id = None
+    made = whole.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+    )
+    return [int(token) for token in made[0, len(prompt) :]]

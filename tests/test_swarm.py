@@ -1,0 +1,184 @@
+"""A swarm answers, and goes on answering while peers come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from shared.client.session import Drawn, Rerouted
+from shared.errors import Busy, NoRoute, SessionFailed
+from shared.protocol import Hop, Sampling
+from tests.harness.models import save_random
+from tests.harness.swarm import Swarm, tokens
+
+PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+async def swarm(llama: Path) -> AsyncIterator[Swarm]:
+    async with Swarm(llama) as swarm:
+        yield swarm
+
+
+async def emptied(swarm: Swarm) -> None:
+    """Closes travel behind the last token: wait until they have arrived."""
+    async with asyncio.timeout(5):
+        for peer in swarm.peers.values():
+            assert peer.service is not None
+            await peer.service.drained()
+
+
+async def test_each_token_tells_the_hops_that_made_it(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    answer = [event async for event in swarm.ask(PROMPT, new=5)]
+    for drawn in answer:
+        assert isinstance(drawn, Drawn)
+        assert [(swarm.name(hop.peer), hop.start, hop.end) for hop in drawn.hops] == [
+            ("ann", 0, 2),
+            ("bob", 2, 4),
+            ("eve", 4, 6),
+        ]
+        assert all(hop.computed_ms > 0 and hop.path in ("direct", "relayed") for hop in drawn.hops)
+    assert [drawn.position for drawn in answer if isinstance(drawn, Drawn)] == [9, 10, 11, 12, 13]
+
+
+async def test_a_prompt_of_several_chunks_is_answered_exactly(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    prompt = [random.Random(1).randrange(128) for _ in range(400)]
+    answer = [event async for event in swarm.ask(prompt, new=8)]
+    assert tokens(answer) == swarm.reference(prompt, new=8)
+
+
+async def test_a_seed_gives_the_same_text_on_one_peer_and_on_three(swarm: Swarm) -> None:
+    sampling = Sampling(temperature=0.9, top_p=0.95, top_k=40, seed=7, repetition_penalty=1.1)
+    await swarm.start(solo=(0, 6))
+    alone = tokens([event async for event in swarm.ask(PROMPT, new=30, sampling=sampling)])
+    await swarm.stop("solo")
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    together = tokens([event async for event in swarm.ask(PROMPT, new=30, sampling=sampling)])
+    assert together == alone
+    assert len(set(alone)) > 5
+
+
+@pytest.mark.parametrize("victim", ["ann", "bob", "eve"])
+async def test_an_answer_goes_on_when_a_peer_leaves(swarm: Swarm, victim: str) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    answer = swarm.ask(PROMPT, new=40)
+    events = [await anext(answer) for _ in range(random.Random(victim).randrange(1, 20))]
+    span = next(hop for hop in _hops(events[-1]) if swarm.name(hop.peer) == victim)
+    await swarm.start_one("spare", f"{span.start}:{span.end}")
+
+    await swarm.stop(victim)
+    events += [event async for event in answer]
+
+    assert tokens(events) == swarm.reference(PROMPT, new=40)
+    assert any(isinstance(event, Rerouted) for event in events)
+    assert "spare" in {swarm.name(hop.peer) for hop in _hops(events[-1])}
+
+
+async def test_a_replacement_may_be_two_peers_and_may_hold_more_than_the_gap(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 6))
+    answer = swarm.ask(PROMPT, new=30)
+    events = [await anext(answer) for _ in range(7)]
+    await swarm.start(carl=(1, 4), dora=(3, 6))
+
+    await swarm.stop("bob")
+    events += [event async for event in answer]
+
+    assert tokens(events) == swarm.reference(PROMPT, new=30)
+    assert [swarm.name(hop.peer) for hop in _hops(events[-1])] == ["ann", "carl", "dora"]
+
+
+async def test_two_losses_one_after_the_other_cost_no_token(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6), bill=(2, 4), ella=(4, 6))
+    answer = swarm.ask(PROMPT, new=60)
+    events = [await anext(answer) for _ in range(5)]
+    for hop in (1, 2):
+        await swarm.stop(swarm.name(_hops(events[-1])[hop].peer))
+        events += [await anext(answer) for _ in range(15)]
+    events += [event async for event in answer]
+    assert tokens(events) == swarm.reference(PROMPT, new=60)
+
+
+async def test_with_nobody_left_the_text_so_far_stays_and_one_sentence_says_why(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    answer = swarm.ask(PROMPT, new=200)
+    events = [await anext(answer) for _ in range(5)]
+    await swarm.stop("bob")
+    with pytest.raises(NoRoute, match=r"no live peer serves layers 3–6 of "):
+        async for event in answer:
+            events.append(event)
+    made = tokens(events)
+    assert made == swarm.reference(PROMPT, new=len(made))
+
+
+async def test_after_all_sessions_no_peer_holds_memory_for_any(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+
+    async def whole() -> None:
+        assert len(tokens([event async for event in swarm.ask(PROMPT, new=10)])) == 10
+
+    async def abandoned() -> None:
+        answer = swarm.ask(PROMPT, new=100)
+        await anext(answer)
+        assert all(swarm.reserved_bytes().values())
+        await answer.aclose()
+
+    async with asyncio.TaskGroup() as tasks:
+        for task in (whole(), abandoned(), whole(), abandoned()):
+            tasks.create_task(task)
+    await emptied(swarm)
+    assert swarm.reserved_bytes() == {"ann": 0, "bob": 0}
+
+
+async def test_an_asker_that_vanishes_costs_no_more_than_its_credit(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    answer = swarm.ask(PROMPT, new=300)
+    await anext(answer)
+    service = swarm.peers["ann"].service
+    assert service is not None
+    # Nobody reads: the ring runs out of credit and stands still, far from the 300 tokens it may draw.
+    session = next(iter(service._admitted.values())).session
+    positions = [session.position]
+    while len(positions) < 3 or positions[-1] != positions[-3]:
+        await asyncio.sleep(0.3)
+        positions.append(session.position)
+    assert positions[-1] <= len(PROMPT) + 70
+    await answer.aclose()
+
+
+async def test_a_full_peer_says_when_to_come_back(llama: Path) -> None:
+    async with Swarm(llama, kv_bytes=100_000) as swarm:
+        await swarm.start(ann=(0, 6))
+        room = next(live.kv_tokens_free for live in swarm.client.directory.live())
+        with pytest.raises(Busy, match="full"):
+            await anext(swarm.ask(PROMPT, new=room))
+        assert len(tokens([event async for event in swarm.ask(PROMPT, new=5)])) == 5
+
+
+async def test_a_session_longer_than_the_model_is_declined_in_one_sentence(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 6))
+    with pytest.raises(SessionFailed, match="512 tokens"):
+        await anext(swarm.ask(PROMPT, new=600))
+
+
+async def test_it_also_works_when_no_direct_path_opens(llama: Path) -> None:
+    async with Swarm(llama, direct=False) as swarm:
+        await swarm.start(ann=(0, 3), bob=(3, 6))
+        answer = [event async for event in swarm.ask(PROMPT, new=10)]
+        assert tokens(answer) == swarm.reference(PROMPT, new=10)
+        assert {hop.path for event in answer for hop in _hops(event)} == {"relayed"}
+
+
+def _hops(event: Drawn | Rerouted) -> list[Hop]:
+    assert isinstance(event, Drawn)
+    return list(event.hops)
