@@ -1,0 +1,38 @@
+"""What the gateway needs of a swarm. `SwarmClient` is the real one; tests bring their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from typing import Protocol
+
+from shared.client.directory import Directory
+from shared.client.session import Drawn, Request, Rerouted
+from shared.identity import PeerId
+from shared.protocol import Path
+
+
+class Relay(Protocol):
+    """The connection to a relay, as far as the page shows it."""
+
+    url: str
+    connected: asyncio.Event
+
+
+class Swarm(Protocol):
+    """Who is there, and how to ask them."""
+
+    @property
+    def directory(self) -> Directory: ...
+
+    @property
+    def relay(self) -> Relay: ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Drawn | Rerouted, None]:
+        """Tokens and re-routes until the answer is complete. Raises NoRoute, Busy or SessionFailed."""
+
+    async def fetch_files(self, artefact: str) -> Mapping[str, bytes]:
+        """The tokenizer files of an artefact. Raises NoRoute or ConnectionLost."""
+
+    def links(self) -> Mapping[PeerId, tuple[Path, float | None]]:
+        """Open channels: what carries each now, and its round trip in ms when measured."""

@@ -1,0 +1,111 @@
+"""Tokens become text piece by piece, and no piece is ever taken back. Pure: no model, no clock, no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens left out."""
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+UNFINISHED = 3
+"""A character has at most four bytes, so at most this many marks of broken bytes can still become one."""
+
+
+class Detokenizer:
+    """Gives out text as soon as it is certain: the pieces together are the text of all tokens together.
+
+    A token may hold part of a character only, so bytes that can still become one wait. Tokenizers also
+    treat a text's beginning specially (most drop a leading space), so a token is never decoded alone: the
+    window starts with tokens whose text was given out before.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._told = ""
+        """What was given out of the window's text."""
+        self._overlap = 0
+        """How many tokens at the window's start belong to the piece before."""
+
+    def push(self, token: int) -> str:
+        """One more token; returns the text that is certain now, often none."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith(BROKEN):
+            return self._tell(_finished(text))
+        piece = text[len(self._told) :]
+        if piece:
+            self._advance()
+        return piece
+
+    def finish(self) -> str:
+        """No more tokens: what waited comes out, broken or not."""
+        text = self._decode(self._window)
+        return text[len(self._told) :]
+
+    def _tell(self, text: str) -> str:
+        # Where bytes are tokens, one broken byte breaks the whole run on its own; the next one may heal it.
+        if not text.startswith(self._told):
+            return ""
+        piece, self._told = text[len(self._told) :], text
+        return piece
+
+    def _advance(self) -> None:
+        """Forget what came before the newest piece, so that the work per token stays the same."""
+        self._window = self._window[self._overlap :]
+        self._overlap = len(self._window)
+        self._told = self._decode(self._window)
+
+
+def _finished(text: str) -> str:
+    """The text without the marks at its end that may still become a character."""
+    waiting = 0
+    while waiting < UNFINISHED and text.endswith(BROKEN, 0, len(text) - waiting):
+        waiting += 1
+    return text[: len(text) - waiting]
+
+
+class StopStrings:
+    """Ends a text before the first stop string, however the text is cut into pieces.
+
+    The first is the one that is complete first, as if characters came one at a time.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.hit = False
+        """A stop string came: there is no more text."""
+
+    def push(self, text: str) -> str:
+        """More text; returns what cannot be part of a stop string any more."""
+        if self.hit:
+            return ""
+        self._held += text
+        if matches := [self._match(stop) for stop in self._stops if stop in self._held]:
+            self.hit = True
+            _, start = min(matches)
+            return self._held[:start]
+        return self._release(self._waiting())
+
+    def finish(self) -> str:
+        """The text ended by itself: a half stop string is text after all."""
+        return "" if self.hit else self._release(0)
+
+    def _match(self, stop: str) -> tuple[int, int]:
+        start = self._held.index(stop)
+        return start + len(stop), start
+
+    def _waiting(self) -> int:
+        """Length of the longest end of the held text with which a stop string begins."""
+        longest = min(len(self._held), max((len(stop) - 1 for stop in self._stops), default=0))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+    def _release(self, keep: int) -> str:
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
