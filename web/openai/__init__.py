@@ -1,0 +1,1 @@
+"""The OpenAI-compatible API: the same words and errors that existing clients already understand."""
