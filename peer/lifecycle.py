@@ -21,6 +21,7 @@ from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
 from peer.settings import PeerSettings, default_kv_bytes, default_threads
 from shared.announcement import LEASE_S, RENEW_EVERY_S, sign_announcement
+from shared.background import Background
 from shared.channel import Channel, Dialer
 from shared.errors import ConnectionLost, ProtocolError, SettingsError
 from shared.identity import Identity
@@ -79,8 +80,8 @@ class Peer:
             await stack.enter_async_context(self.relay)
             await stack.enter_async_context(self.dialer)
             # Announced before it loads, so that two newcomers do not take the same gap.
-            renewing = asyncio.create_task(self._keep_announced())
-            stack.push_async_callback(_stopped, renewing)
+            tasks = await stack.enter_async_context(Background())
+            tasks.start(self._keep_announced())
             span = await asyncio.to_thread(self._load, checkpoint)
             await stack.enter_async_context(self._serve(span))
             await self.announce("serving")
@@ -187,11 +188,6 @@ class Peer:
     def _channel_closed(self, channel: Channel) -> None:
         if self.service is not None:
             self.service.channel_closed(channel)
-
-
-async def _stopped(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype]:

@@ -44,7 +44,8 @@ class Topic:
     @property
     def weight(self) -> float:
         """How often the topic comes up: a topic with many questions needs more turns to learn them."""
-        return min(8.0, max(0.7, len(self.questions) / 16))
+        asked = len(self.questions) + (len(self.subjects) + len(self.actions)) // 2
+        return min(6.0, max(0.7, asked / 16))
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,13 @@ def question_about(topic: Topic, text: Text, rng: random.Random) -> str:
     if named and rng.random() < FRAMED:
         name, thing = rng.choice(named)
         framed = rng.choice(text.frames[name].questions).replace("_", thing)
-        if _bare(framed) not in {_bare(question) for question in topic.held_out}:
+        if bare(framed) not in {bare(question) for question in topic.held_out}:
             return framed
     return fill_braces(rng.choice(topic.questions), rng)
 
 
-def _bare(question: str) -> str:
+def bare(question: str) -> str:
+    """What counts as the same question: case and the last sign do not."""
     return question.lower().strip(" ?.!")
 
 

@@ -71,6 +71,7 @@ class KVCache(Cache):
         self.end = end
         self.capacity = capacity
         self.length = 0
+        self._batch: int | None = None
         self._windows = windows
         self._kept = {layer: LayerCache() for layer in range(start, end)}
         self._sliding = [window is not None for window in windows]
@@ -93,15 +94,20 @@ class KVCache(Cache):
             )
         self._mark(position)
 
-    def check_room(self, count: int) -> None:
-        """Raise CacheFull when `count` more positions do not fit."""
+    def check_room(self, batch: int, count: int) -> None:
+        """Raise when `count` more positions of `batch` sequences do not fit."""
+        if self._batch not in (None, batch):
+            raise BadInputs(
+                f"this session's cache holds a batch of {self._batch}, and the step brings {batch}"
+            )
         if self.length + count > self.capacity:
             raise CacheFull(
                 f"{self.length + count} positions do not fit into a cache that was opened for {self.capacity}"
             )
 
-    def commit(self, count: int) -> None:
-        """All layers have appended `count` positions."""
+    def commit(self, batch: int, count: int) -> None:
+        """All layers have appended `count` positions of `batch` sequences."""
+        self._batch = batch
         self._mark(self.length + count)
 
     def _mark(self, length: int) -> None:

@@ -138,15 +138,15 @@ class Span:
         """
         inputs = self._checked(inputs, cache)
         cache.truncate(position)
-        count = inputs.shape[1]
-        cache.check_room(count)
+        batch, count = inputs.shape[:2]
+        cache.check_room(batch, count)
         if cache.start == 0 and self._learned_positions and position + count > (self.context_length or 0):
             raise CacheFull(f"this model has learned {self.context_length} positions and no more")
         with self._running:
             arrived = None if cache.start == 0 else inputs
             self._visit = Visit(cache.start, cache.end, arrived, all_logits)
             result = self._run(inputs, cache)
-        cache.commit(count)
+        cache.commit(batch, count)
         return result
 
     def _run(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
@@ -259,6 +259,8 @@ class Span:
             )
 
     def _checked(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        if 0 in inputs.shape:
+            raise BadInputs("a step brings at least one position")
         if cache.start > 0:
             if inputs.dim() != 3 or inputs.shape[2] != self.hidden_size or not inputs.is_floating_point():
                 raise BadInputs(
@@ -271,7 +273,7 @@ class Span:
                 f"layer 0 takes token ids [batch, count], not {inputs.dtype} {list(inputs.shape)}"
             )
         # A token outside the embedding would stop a GPU for good.
-        if inputs.numel() and not 0 <= int(inputs.min()) <= int(inputs.max()) < self.vocab_size:
+        if not 0 <= int(inputs.min()) <= int(inputs.max()) < self.vocab_size:
             raise BadInputs(f"a token id is outside of this model's vocabulary of {self.vocab_size}")
         return inputs.to(self.device, torch.int64)
 

@@ -17,6 +17,7 @@ from peer.serving.compute import row_bytes
 from peer.serving.executor import Executor
 from peer.serving.hop_session import Arrival, HopSession, Inputs
 from peer.serving.kv_budget import KvBudget
+from shared.background import Background
 from shared.channel import Channel, Priority
 from shared.errors import Busy, ProtocolError
 from shared.identity import PeerId, short
@@ -86,14 +87,13 @@ class Service:
         self._admitted: dict[str, _Admitted] = {}
         self._empty = asyncio.Event()
         self._empty.set()
-        self._tasks = asyncio.TaskGroup()
+        self._tasks = Background()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.executor)
         await self._stack.enter_async_context(self._tasks)
-        sweeper = self._tasks.create_task(self._sweep())
-        self._stack.callback(sweeper.cancel)
+        self._tasks.start(self._sweep())
         self._stack.callback(self._end_all)
         return self
 
@@ -121,7 +121,7 @@ class Service:
             if admitted.session.uses(channel):
                 opened = admitted.session.open
                 lost = Lost(opened.session, opened.epoch, channel.peer)
-                self._tasks.create_task(admitted.session.tell(lost))
+                self._tasks.start(admitted.session.tell(lost))
 
     # ------------------------------------------------------------ what sessions need of us
 
@@ -246,7 +246,7 @@ class Service:
 
     def _admit(self, channel: Channel, opened: Open) -> _Admitted:
         session = HopSession(opened, channel, self)
-        task = self._tasks.create_task(session.run())
+        task = self._tasks.start(session.run())
         admitted = self._admitted[opened.session] = _Admitted(session, task)
         self._empty.clear()
         log.debug("session %s of %s opened", opened.session[:8], short(channel.peer))

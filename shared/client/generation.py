@@ -8,7 +8,9 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import ExitStack
+from typing import Any
 
+from shared.background import Background
 from shared.channel import Channel, Dialer, Priority
 from shared.client.session import (
     ClientSession,
@@ -45,7 +47,7 @@ class Generation:
     `tasks` outlives the iteration, so that the last goodbyes need not be waited for.
     """
 
-    def __init__(self, dialer: Dialer, request: Request, plan: Planner, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, dialer: Dialer, request: Request, plan: Planner, tasks: Background) -> None:
         self.session = secrets.token_hex(16)
         self._dialer = dialer
         self._machine = ClientSession(self.session, request, plan)
@@ -88,7 +90,7 @@ class Generation:
                 pending.extend(await self._next_effects())
         finally:
             self._post_all(self._machine.cancel())
-            self._tasks.create_task(self._say_goodbye())
+            self._tasks.start(self._say_goodbye())
 
     async def _next_effects(self) -> list[Effect]:
         waiting = self._machine.awaiting
@@ -158,7 +160,7 @@ class Generation:
         for task in list(self._running):
             task.cancel()
 
-    def _start(self, coroutine: Coroutine[object, object, None]) -> None:
-        task = self._tasks.create_task(coroutine)  # type: ignore[arg-type]
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.start(coroutine)
         self._running.add(task)
         task.add_done_callback(self._running.discard)

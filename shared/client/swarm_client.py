@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
+from shared.background import Background
 from shared.channel import Channel, Dialer, Priority
 from shared.client.directory import Directory
 from shared.client.generation import Generation
@@ -37,6 +38,8 @@ from shared.tokenizer_files import files_hash, split_files
 log = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 15.0
+GOODBYE_S = 1.0
+"""How long leaving waits for the last messages of sessions that were cut off."""
 
 
 class SwarmClient:
@@ -57,7 +60,7 @@ class SwarmClient:
         self._fetches: dict[int, asyncio.Future[tuple[Files, bytes]]] = {}
         self._requests = itertools.count(1)
         self._stack = AsyncExitStack()
-        self._tasks = asyncio.TaskGroup()
+        self._tasks = Background(grace_s=GOODBYE_S)
 
     async def __aenter__(self) -> Self:
         self.relay.watch(self.directory.add)
