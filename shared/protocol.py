@@ -183,14 +183,16 @@ FromRelay = Challenge | Welcome | Found | Signal | Gone | Denied | Restarting
 
 
 class Describe(Struct, frozen=True, tag="describe", kw_only=True):
-    """How to reach me directly: ICE credentials and candidates (RFC 8839), DTLS fingerprint (RFC 8122)."""
+    """How to reach me directly: ICE credentials and candidates (RFC 8839), DTLS fingerprint (RFC 8122).
+
+    Both sides send one for each attempt; the dialler counts the attempts. Without candidates: not at all.
+    """
 
     attempt: Count
     ufrag: Name
     password: Name
     fingerprint: Annotated[str, Meta(max_length=200)]
     candidates: Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=32)]
-    reply: bool = False
 
 
 class Ping(Struct, frozen=True, tag="ping"):
@@ -200,7 +202,13 @@ class Ping(Struct, frozen=True, tag="ping"):
 
 
 class Pong(Struct, frozen=True, tag="pong"):
+    """I am, and here is how far I have come: links keep their order, so this tells which frames got lost."""
+
     number: Count
+    received: Count
+    """Every frame up to this one is here."""
+    consumed: Count
+    """As in `Credit`, should one have been lost."""
 
 
 class Credit(Struct, frozen=True, tag="credit"):
