@@ -8,8 +8,9 @@ Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens left out."""
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-UNFINISHED = 3
-"""A character has at most four bytes, so at most this many marks of broken bytes can still become one."""
+LONGEST_WAIT = 256
+"""Tokens that may wait for their text to become certain. A model that draws only broken bytes gets this far;
+without an end, every token would cost more than the one before."""
 
 
 class Detokenizer:
@@ -23,19 +24,22 @@ class Detokenizer:
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._told = ""
-        """What was given out of the window's text."""
         self._overlap = 0
         """How many tokens at the window's start belong to the piece before."""
+        self._told = ""
+        """Their text."""
 
     def push(self, token: int) -> str:
         """One more token; returns the text that is certain now, often none."""
         self._window.append(token)
         text = self._decode(self._window)
-        if text.endswith(BROKEN):
-            return self._tell(_finished(text))
+        waiting = len(self._window) - self._overlap
+        # Broken bytes at the end may be the beginning of a character; and where each byte is a token, one
+        # such beginning makes all bytes before it look broken too. So all of them wait.
+        if text.endswith(BROKEN) and waiting < LONGEST_WAIT:
+            return ""
         piece = text[len(self._told) :]
-        if piece:
+        if piece or waiting >= LONGEST_WAIT:
             self._advance()
         return piece
 
@@ -44,26 +48,11 @@ class Detokenizer:
         text = self._decode(self._window)
         return text[len(self._told) :]
 
-    def _tell(self, text: str) -> str:
-        # Where bytes are tokens, one broken byte breaks the whole run on its own; the next one may heal it.
-        if not text.startswith(self._told):
-            return ""
-        piece, self._told = text[len(self._told) :], text
-        return piece
-
     def _advance(self) -> None:
         """Forget what came before the newest piece, so that the work per token stays the same."""
         self._window = self._window[self._overlap :]
         self._overlap = len(self._window)
         self._told = self._decode(self._window)
-
-
-def _finished(text: str) -> str:
-    """The text without the marks at its end that may still become a character."""
-    waiting = 0
-    while waiting < UNFINISHED and text.endswith(BROKEN, 0, len(text) - waiting):
-        waiting += 1
-    return text[: len(text) - waiting]
 
 
 class StopStrings:
