@@ -27,8 +27,8 @@ from web.tokenizer_cache import TokenizerCache
 
 MAX_REQUEST_BYTES = 16 * 2**20
 """A conversation that fills a context of a million tokens, with room for tools."""
-SHUTDOWN_S = 2.0
-"""How long answers that are under way may take to end when the gateway closes."""
+SHUTDOWN_S = 0.5
+"""How long answers that are under way may still take when the gateway closes; then they are cut off."""
 
 
 class GatewaySettings(Struct, frozen=True, kw_only=True):

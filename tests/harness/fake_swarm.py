@@ -83,6 +83,8 @@ class FakeSwarm:
         self.fetches = 0
         self.running = 0
         """Answers under way; each must end, however its asker leaves."""
+        self.began = asyncio.Event()
+        """Set whenever an answer began."""
         self.ended = asyncio.Event()
         """Set whenever an answer ended."""
         self._sequence = 0
@@ -166,6 +168,7 @@ class FakeSwarm:
         script = self._scripts.popleft() if self._scripts else [Say("Hello."), Stop()]
         position, end = len(request.prompt), len(request.prompt) + request.max_new_tokens
         self.running += 1
+        self.began.set()
         try:
             for part in script:
                 match part:

@@ -47,7 +47,7 @@ async def gateway(swarm: FakeSwarm, data_dir: Path) -> AsyncIterator[Gateway]:
 
 @pytest.fixture
 async def http(gateway: Gateway) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(gateway.url) as session:
+    async with aiohttp.ClientSession(gateway.url, timeout=aiohttp.ClientTimeout(10)) as session:
         yield session
 
 
