@@ -71,13 +71,17 @@ def aligned(meta: bytes) -> bytes:
 
 
 def whole_frame(
-    kind: int, priority: int, sequence: int, meta: bytes, body: bytes | bytearray | memoryview = b"", stream: int = 0
+    kind: int,
+    priority: int,
+    sequence: int,
+    meta: bytes,
+    body: bytes | bytearray | memoryview = b"",
+    stream: int = 0,
 ) -> bytes:
     """A message that fits in one frame: the one copy that it needs."""
     flags = WHOLE | priority << PRIORITY_SHIFT
-    return b"".join(
-        (HEADER.pack(kind, flags, stream, sequence & SEQUENCE_MASK, len(meta), len(body)), meta, body)
-    )
+    header = HEADER.pack(kind, flags, stream, sequence & SEQUENCE_MASK, len(meta), len(body))
+    return b"".join((header, meta, body))
 
 
 class Splitter:

@@ -204,18 +204,16 @@ class Channel:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._handle())
             upgrade = tasks.create_task(self._upgrade.run())
-            upgrade.add_done_callback(self._no_more_links)
             await self.closed.wait()
             upgrade.cancel()
+            await asyncio.wait([upgrade])
+            # The handler may still be at its last message.
+            self._links_stopped.set()
 
     def stopped(self) -> None:
         """`run` is over, for whatever reason, or was never begun."""
         self.end("this side stops", bye=True)
         self._links_stopped.set()
-
-    def _no_more_links(self, _: asyncio.Task[None]) -> None:
-        if self.closed.is_set():
-            self._links_stopped.set()
 
     def greet(self) -> None:
         """The first word, which proves to the other side that we hold our key, and times the path."""

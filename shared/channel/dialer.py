@@ -1,7 +1,7 @@
 """Gives a channel to any participant by its id, and accepts those of others.
 
 An offer and an answer, signed and passed on by a relay, agree on the channel's keys. The caller's channel is
-open when the answer comes; that of the other side when the caller's first sealed word proves that it meant it.
+open when the answer comes; the other side's when the caller's first sealed word proves that it holds the key.
 """
 
 from __future__ import annotations

@@ -1,0 +1,24 @@
+"""Every channel test leaves nothing behind: no task, and no error that only the event loop saw."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left_behind() -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    complaints: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: complaints.append(context))
+    yield
+    # Futures whose error nobody looked at complain when they are collected.
+    gc.collect()
+    await asyncio.sleep(0)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"tasks left behind: {left}"
+    assert not complaints, f"the event loop complains: {complaints}"

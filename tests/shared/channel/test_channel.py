@@ -1,0 +1,348 @@
+"""Channels between two ends, over a real relay and real data channels on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+import pytest
+
+from relay.settings import RelaySettings
+from shared.channel import Channel, Priority
+from shared.channel.flow import WINDOW_BYTES
+from shared.errors import ChannelClosed, ConnectionLost, ProtocolError
+from shared.identity import Identity
+from shared.protocol import Token
+from tests.shared.channel.ends import (
+    SESSION,
+    Got,
+    body_of,
+    both_direct,
+    cut_direct,
+    ends,
+    expect_numbers,
+    mute,
+    numbered,
+    send_numbers,
+    swallow_direct,
+    until,
+)
+
+
+async def test_messages_go_both_ways_before_there_is_a_direct_link() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        await channel.send(numbered(1), b"from ann")
+        got = await bob.got()
+        await got.channel.send(numbered(2), b"from bob")
+        answer = await ann.got()
+
+        assert (got.number, got.body, got.path) == (1, b"from ann", "relayed")
+        assert (answer.number, answer.body, answer.path) == (2, b"from bob", "relayed")
+        assert answer.channel is channel
+        assert (channel.peer, got.channel.peer, channel.path) == (bob.id, ann.id, "relayed")
+
+
+async def test_a_channel_becomes_direct_and_knows_its_round_trip() -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        await channel.send(numbered(1), b"straight")
+
+        assert (await bob.got()).path == "direct"
+        assert channel.rtt_ms is not None
+        assert 0 < channel.rtt_ms < 1000
+
+
+async def test_megabytes_survive_the_switch_from_relayed_to_direct() -> None:
+    async with ends() as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        await channel.send(numbered(0), b"")
+        first = await bob.got()
+        big = os.urandom(1_500_000)
+        stop = asyncio.Event()
+
+        async def stream(sender: Channel) -> int:
+            number = 1
+            while not stop.is_set():
+                await sender.send(numbered(number), body_of(number))
+                number += 1
+                await asyncio.sleep(0.001)
+            return number
+
+        async with asyncio.TaskGroup() as tasks:
+            there = tasks.create_task(stream(channel))
+            back = tasks.create_task(stream(first.channel))
+            tasks.create_task(channel.send(Token(SESSION, 7, 0, 0), big, Priority.PREFILL))
+            await until(lambda: channel.path == first.channel.path == "direct")
+            await until(lambda: any(got.body == big for got in bob.inbox._queue))  # type: ignore[attr-defined]
+            stop.set()
+
+        small = [await bob.got() for _ in range(there.result())]
+        assert [got.number for got in small if got.body != big] == list(range(1, there.result()))
+        assert all(got.body == body_of(got.number) for got in small if got.body != big)
+        assert {got.path for got in small} == {"relayed", "direct"}
+        await expect_numbers(ann, range(1, back.result()))
+
+
+@pytest.mark.parametrize("harm", [cut_direct, swallow_direct])
+async def test_a_stream_goes_on_by_the_relay_when_the_direct_link_dies(harm: object) -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        with channel.watched():
+            sending = asyncio.create_task(send_numbers(channel, range(400), pause_s=0.002))
+            await until(lambda: bob.inbox.qsize() > 50)
+            (cut_direct if harm is cut_direct else swallow_direct)(channel)
+            paths = await expect_numbers(bob, range(400))
+            await sending
+
+        assert paths[0] == "direct"
+        assert paths[-1] == "relayed"
+        assert channel.path == "relayed"
+
+
+async def test_a_direct_channel_outlives_its_relay() -> None:
+    async with ends(settings=RelaySettings(port=0)) as (ann, bob):
+        channel = await both_direct(ann, bob)
+        with channel.watched():
+            sending = asyncio.create_task(send_numbers(channel, range(200), pause_s=0.002))
+            await until(lambda: bob.inbox.qsize() > 20)
+            for end in (ann, bob):
+                await end.relay._stop()  # type: ignore[attr-defined]
+            await expect_numbers(bob, range(200))
+            await sending
+
+        assert not channel.closed.is_set()
+        assert channel.path == "direct"
+
+
+async def test_a_killed_peer_is_noticed_at_once() -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        with channel.watched():
+            started = time.perf_counter()
+            mute(bob.channel_to(ann))
+            cut_direct(bob.channel_to(ann))
+            await bob.relay._stop()  # type: ignore[attr-defined]
+            await channel.closed.wait()
+
+        assert time.perf_counter() - started < 1.0
+        assert "relay lost it" in channel.reason
+        assert await ann.closed.get() is channel
+        with pytest.raises(ChannelClosed, match="closed"):
+            await channel.send(numbered(1))
+
+
+async def test_without_a_direct_link_the_relay_s_word_is_enough() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        await channel.send(numbered(1))
+        await bob.got()
+
+        await bob.relay._stop()  # type: ignore[attr-defined]
+
+        async with asyncio.timeout(0.5):
+            await channel.closed.wait()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_a_silent_peer_is_given_up_within_a_second_and_a_half(direct: bool) -> None:
+    async with ends(direct=direct) as (ann, bob):
+        channel = await (both_direct(ann, bob) if direct else ann.dialer.channel(bob.id))
+        await channel.send(numbered(1))
+        await bob.got()
+        with channel.watched():
+            await asyncio.sleep(0)
+            mute(bob.channel_to(ann))
+            started = time.perf_counter()
+            await channel.closed.wait()
+
+        assert 0.9 < time.perf_counter() - started < 1.5
+
+
+async def test_a_stalled_event_loop_does_not_make_others_look_dead() -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        with channel.watched(), bob.channel_to(ann).watched():
+            await asyncio.sleep(0.2)
+            time.sleep(2.0)  # noqa: ASYNC251 - the stall itself
+            await asyncio.sleep(0.5)
+            await channel.send(numbered(1))
+
+            assert (await bob.got()).number == 1
+
+
+async def test_both_dialling_at_once_end_with_one_channel() -> None:
+    async with ends(direct=False) as (ann, bob):
+        one, other = await asyncio.gather(ann.dialer.channel(bob.id), bob.dialer.channel(ann.id))
+        await one.send(numbered(1))
+        await other.send(numbered(2))
+
+        assert (await bob.got()).channel is other
+        assert (await ann.got()).channel is one
+        assert len(ann.dialer._by_tag) == len(bob.dialer._by_tag) == 1
+
+
+async def test_callers_share_one_attempt_and_one_channel() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channels = await asyncio.gather(*(ann.dialer.channel(bob.id) for _ in range(5)))
+
+        assert len(set(channels)) == 1
+        assert await ann.dialer.channel(bob.id) is channels[0]
+
+
+async def test_dialling_someone_who_is_not_there_fails_at_once_with_a_sentence() -> None:
+    async with ends(1, direct=False) as [ann]:
+        started = time.perf_counter()
+        with pytest.raises(ConnectionLost, match="is not connected to any relay of ours"):
+            await ann.dialer.channel(Identity.generate().id)
+
+        assert time.perf_counter() - started < 1.0
+
+
+async def test_a_caller_who_gives_up_does_not_spoil_it_for_others() -> None:
+    async with ends(direct=False) as (ann, bob):
+        hasty = asyncio.create_task(ann.dialer.channel(bob.id))
+        patient = asyncio.create_task(ann.dialer.channel(bob.id))
+        await asyncio.sleep(0)
+        hasty.cancel()
+
+        assert (await patient).peer == bob.id
+
+
+async def test_closing_tells_the_other_side_why() -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        back = bob.channel_to(ann)
+
+        await channel.close("the session is over")
+
+        async with asyncio.timeout(1):
+            await back.closed.wait()
+        assert back.reason == "the session is over"
+        assert not ann.dialer.channels
+        assert not bob.dialer.channels
+        assert (await ann.dialer.channel(bob.id)) is not channel
+
+
+async def test_a_handler_may_close_its_own_channel() -> None:
+    async with ends() as (ann, bob):
+        bob.handle = lambda got: got.channel.close("enough")
+        channel = await ann.dialer.channel(bob.id)
+        await channel.send(numbered(1))
+
+        async with asyncio.timeout(2):
+            await channel.closed.wait()
+        assert channel.reason == "enough"
+
+
+async def test_a_handler_s_protocol_error_ends_the_channel_and_nothing_else() -> None:
+    async def refuse(got: Got) -> None:
+        raise ProtocolError("that makes no sense")
+
+    async with ends(3, direct=False) as (ann, bob, eve):
+        innocent = await ann.dialer.channel(bob.id)
+        guilty = await eve.dialer.channel(bob.id)
+        await innocent.send(numbered(1))
+        await bob.got()
+
+        bob.handle = refuse
+        await guilty.send(numbered(2))
+        await guilty.closed.wait()
+        bob.handle = None
+        await innocent.send(numbered(3))
+
+        assert guilty.reason == "that makes no sense"
+        assert (await bob.got()).number == 3
+
+
+async def test_a_handler_s_mistake_is_logged_and_ends_the_channel(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(got: Got) -> None:
+        raise ZeroDivisionError
+
+    async with ends(direct=False) as (ann, bob):
+        bob.handle = fail
+        channel = await ann.dialer.channel(bob.id)
+        await channel.send(numbered(1))
+        await channel.closed.wait()
+
+    assert channel.reason == "an error on this side"
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_a_slow_handler_bounds_what_the_sender_may_send(direct: bool) -> None:
+    async with ends(direct=direct) as (ann, bob):
+        channel = await (both_direct(ann, bob) if direct else ann.dialer.channel(bob.id))
+        gate = asyncio.Event()
+        seen: list[int] = []
+
+        async def slowly(got: Got) -> None:
+            await gate.wait()
+            seen.append(got.number)
+
+        bob.handle = slowly
+        sending = asyncio.create_task(send_numbers(channel, range(200), size=16_000))
+        await until(lambda: channel._outbound._bytes > WINDOW_BYTES // 2)
+        await asyncio.sleep(0.3)
+        held = sum(len(arrived.message.body) for arrived in bob.channel_to(ann)._inbound.inbox)
+
+        assert not sending.done()
+        assert channel._outbound._bytes <= WINDOW_BYTES
+        assert held <= WINDOW_BYTES
+        gate.set()
+        await sending
+        await until(lambda: len(seen) == 200)
+        assert seen == list(range(200))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_tokens_pass_a_prefill(direct: bool) -> None:
+    async with ends(direct=direct) as (ann, bob):
+        channel = await (both_direct(ann, bob) if direct else ann.dialer.channel(bob.id))
+        size = 2_000_000 if direct else 20_000_000
+        prefill = asyncio.create_task(channel.send(numbered(0), bytes(size), Priority.PREFILL))
+        await until(lambda: channel._outbound.last > 50)
+        assert not prefill.done()
+        for number in range(1, 6):
+            await channel.send(numbered(number), body_of(number, 4000), Priority.DECODE)
+
+        assert [(await bob.got()).number for _ in range(6)] == [1, 2, 3, 4, 5, 0]
+        await prefill
+
+
+async def test_a_cancelled_send_leaves_the_channel_whole() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        long = asyncio.create_task(channel.send(numbered(0), bytes(8_000_000), Priority.PREFILL))
+        await until(lambda: channel._outbound.last > 50)
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        await channel.send(numbered(1), b"next", Priority.PREFILL)
+
+        assert (await bob.got()).number == 1
+
+
+async def test_senders_who_wait_learn_that_the_channel_closed() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        gate = asyncio.Event()
+        bob.handle = lambda got: gate.wait()
+        sending = asyncio.create_task(send_numbers(channel, range(200), size=16_000))
+        await asyncio.sleep(0.1)
+        await channel.close()
+
+        with pytest.raises(ChannelClosed):
+            await sending
+
+
+async def test_relay_only_ends_stay_on_the_relay() -> None:
+    async with ends() as (ann, bob):
+        bob.dialer._certificate = None
+        channel = await ann.dialer.channel(bob.id)
+        await until(lambda: channel._upgrade._remote is not None)
+        await until(lambda: channel._upgrade._link is None)
+
+        assert channel.path == "relayed"
+        assert channel.direct is None
