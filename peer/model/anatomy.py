@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from peer.model.errors import UnsupportedModel
 
-Argument: TypeAlias = Any
-"""What is handed to a layer or another part: each family does it in its own way."""
+Anything: TypeAlias = Any
+"""What a family hands to its layers and other parts, and gets from them: each does it in its own way."""
 
 COUNT = 3
 """Positions in the trial run: not 1 and not 2, so that no shape agrees by chance."""
@@ -58,16 +58,16 @@ def stand_in(part: nn.Module, fill: Callable[..., torch.Tensor]) -> Callable[...
     What it gives never reaches an answer: the hidden states that arrive replace it at the first layer.
     """
 
-    def embed(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+    def embed(*args: Anything, **kwargs: Anything) -> torch.Tensor:
         first = _first(args, kwargs)
         # OPT looks positions up by an attention mask; one row for all positions is as good.
         rows = (1, 1) if first.is_floating_point() else first.shape
         return fill(*rows, part.embedding_dim)
 
-    def project(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+    def project(*args: Anything, **kwargs: Anything) -> torch.Tensor:
         return fill(*_first(args, kwargs).shape[:-1], part.out_features)
 
-    def pass_on(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+    def pass_on(*args: Anything, **kwargs: Anything) -> torch.Tensor:
         return _first(args, kwargs)
 
     if hasattr(part, "embedding_dim"):
@@ -156,7 +156,7 @@ def _watch(
     def act(part: nn.Module) -> Callable[..., torch.Tensor]:
         play = stand_in(part, torch.rand)
 
-        def called(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+        def called(*args: Anything, **kwargs: Anything) -> torch.Tensor:
             if seen.arguments:
                 raise UnsupportedModel(f"{kind} models compute something between their layers")
             seen.called.add(part)
@@ -165,7 +165,7 @@ def _watch(
         return called
 
     def skip(index: int) -> Callable[..., torch.Tensor]:
-        def called(*args: Argument, **kwargs: Argument) -> torch.Tensor:
+        def called(*args: Anything, **kwargs: Anything) -> torch.Tensor:
             if index != len(seen.arguments):
                 raise UnsupportedModel(f"{kind} models do not run their layers once and in order")
             arriving, rest = split_arguments(args, kwargs)
@@ -215,7 +215,7 @@ def replace_hidden_states(
     return (), {**kwargs, "hidden_states": hidden_states}
 
 
-def _same(one: Argument, other: Argument) -> bool:
+def _same(one: Anything, other: Anything) -> bool:
     """True when all tensors in two nests of tuples, lists and dicts are equal. The rest is not compared."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)

@@ -51,7 +51,7 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self._source = source
         self.name = source.name
-        self.raw_config: dict[str, Any] = json.loads(self.read_file("config.json"))
+        self.raw_config = self._read_json("config.json")
         self.config = self._text_config()
         self.layer_count = int(self.config.num_hidden_layers)
         self.bytes_read = 0
@@ -126,6 +126,13 @@ class Checkpoint:
             raise ModelNotFound(f"{self.name} has no file {name}")
         return self._source.locate(name, progress)
 
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            values: dict[str, Any] = json.loads(self.read_file(name))
+        except ValueError as error:
+            raise UnsupportedModel(f"{name} of {self.name} is not JSON: {error}") from error
+        return values
+
     def _text_config(self) -> PretrainedConfig:
         if "quantization_config" in self.raw_config:
             kind = self.raw_config["quantization_config"].get("quant_method", "unknown")
@@ -147,7 +154,7 @@ class Checkpoint:
     def _find_tensors(self) -> dict[str, tuple[str, str]]:
         """Tensor name in a text model -> (file, name in that file)."""
         if INDEX in self._source.files:
-            where: dict[str, str] = json.loads(self.read_file(INDEX))["weight_map"]
+            where: dict[str, str] = self._read_json(INDEX)["weight_map"]
         elif WEIGHTS in self._source.files:
             where = dict.fromkeys(read_header(self._locate(WEIGHTS), WEIGHTS), WEIGHTS)
         else:
@@ -179,19 +186,23 @@ def read_header(path: Path, file: str) -> dict[str, StoredTensor]:
             raise UnsupportedModel(
                 f"{path} is no safetensors file: it begins with a header of {length} bytes"
             )
-        header: dict[str, Any] = json.loads(opened.read(length))
+        try:
+            header: dict[str, Any] = json.loads(opened.read(length))
+        except ValueError as error:
+            raise UnsupportedModel(f"{path} is no safetensors file: {error}") from error
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file,
-            name,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            8 + length + entry["data_offsets"][1],
-        )
-        for name, entry in header.items()
-    }
+    tensors = {name: _stored_tensor(file, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((tensor.end for tensor in tensors.values()), default=0)
+    if end > path.stat().st_size:
+        raise UnsupportedModel(f"{path} is cut short: it holds {path.stat().st_size} bytes of {end}")
+    return tensors
+
+
+def _stored_tensor(file: str, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    start, end = entry["data_offsets"]
+    return StoredTensor(
+        file, name, entry["dtype"], tuple(entry["shape"]), data_start + start, data_start + end
+    )
 
 
 def tokenizer_files(checkpoint: Checkpoint) -> dict[str, bytes]:

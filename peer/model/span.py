@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from peer.model import family
 from peer.model.anatomy import (
     Anatomy,
-    Argument,
+    Anything,
     Reached,
     find_layers,
     replace_hidden_states,
@@ -75,7 +75,6 @@ class Span:
         self._running = threading.Lock()
         self._windows = family.attention_windows(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self._learned_positions = False
         self._token_bytes: list[int] = []
 
     @classmethod
@@ -140,8 +139,8 @@ class Span:
         cache.truncate(position)
         batch, count = inputs.shape[:2]
         cache.check_room(batch, count)
-        if cache.start == 0 and self._learned_positions and position + count > (self.context_length or 0):
-            raise CacheFull(f"this model has learned {self.context_length} positions and no more")
+        if self.context_length and position + count > self.context_length:
+            raise CacheFull(f"{position + count} positions are more than this model's {self.context_length}")
         with self._running:
             arrived = None if cache.start == 0 else inputs
             self._visit = Visit(cache.start, cache.end, arrived, all_logits)
@@ -167,11 +166,13 @@ class Span:
         logits: torch.Tensor = self._model(**arguments).logits
         return logits
 
-    def _before(self, forward: Argument, playing: Argument, *args: Argument, **kwargs: Argument) -> Argument:
+    def _before(self, forward: Anything, playing: Anything, *args: Anything, **kwargs: Anything) -> Anything:
         """Stands for a part that runs before the layers: itself, or its stand-in when it has no say."""
         return (forward if self._visit.arrived is None else playing)(*args, **kwargs)
 
-    def _gate(self, index: int, forward: Callable[..., Any], *args: Argument, **kwargs: Argument) -> Any:  # noqa: ANN401 - each family calls its layers in its own way
+    def _gate(
+        self, index: int, forward: Callable[..., Anything], *args: Anything, **kwargs: Anything
+    ) -> Anything:
         """What stands at the entry of layer `index`, whose own forward is `forward`."""
         visit = self._visit
         if index < visit.start:
@@ -212,7 +213,6 @@ class Span:
         embedding = model.get_input_embeddings()
         holds_head = self.end == self.layer_count
         others = [part for part in anatomy.before if part is not embedding]
-        self._learned_positions = any(hasattr(part, "embedding_dim") for part in others)
         zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
         for part in others:
             part.forward = partial(self._before, part.forward, stand_in(part, zeros))

@@ -24,6 +24,7 @@ Model: TypeAlias = Any
 LAYERS = 6
 VOCAB = 96
 WINDOW = 8
+CONTEXT = 600
 CAPACITY = 64
 CUTS = (0, 1, 4, LAYERS)
 """Where the three spans of every test model begin and end: uneven, and one with a single layer."""
@@ -45,7 +46,7 @@ def _modern(kind: str, **special: object) -> PretrainedConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": VOCAB,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": CONTEXT,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -56,7 +57,7 @@ def _modern(kind: str, **special: object) -> PretrainedConfig:
 
 def _early(kind: str, **special: object) -> PretrainedConfig:
     """A family that names its sizes as GPT-2 does."""
-    sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCAB, "n_positions": 128}
+    sizes = {"n_embd": 32, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCAB, "n_positions": CONTEXT}
     return config_of(kind, **{**sizes, **special})
 
 
@@ -122,7 +123,7 @@ WIDER: dict[str, Callable[[], PretrainedConfig]] = {
         num_layers=LAYERS,
         num_heads=4,
         vocab_size=VOCAB,
-        max_position_embeddings=128,
+        max_position_embeddings=CONTEXT,
         attention_types=[[["global", "local"], LAYERS // 2]],
         window_size=WINDOW,
     ),
@@ -133,7 +134,7 @@ WIDER: dict[str, Callable[[], PretrainedConfig]] = {
         "opt", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False, num_key_value_heads=None
     ),
     "mpt": lambda: config_of(
-        "mpt", d_model=32, n_heads=4, n_layers=LAYERS, vocab_size=VOCAB, max_seq_len=128
+        "mpt", d_model=32, n_heads=4, n_layers=LAYERS, vocab_size=VOCAB, max_seq_len=CONTEXT
     ),
     "stablelm": lambda: _modern("stablelm"),
     "starcoder2": lambda: _modern("starcoder2"),
@@ -178,7 +179,7 @@ WIDER: dict[str, Callable[[], PretrainedConfig]] = {
         num_layers=LAYERS,
         attention_heads=4,
         vocab_size=VOCAB,
-        max_position_embeddings=128,
+        max_position_embeddings=CONTEXT,
     ),
     "helium": lambda: _modern("helium", head_dim=8),
     "diffllama": lambda: _modern("diffllama"),

@@ -138,6 +138,23 @@ def test_weights_in_eight_bit_floats_are_refused_by_name(directory: Path) -> Non
         open_checkpoint(str(directory)).read("norm")
 
 
+def test_a_file_that_was_cut_short_is_told_before_it_is_used(directory: Path) -> None:
+    file = next(directory.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-10])
+    checkpoint = open_checkpoint(str(directory))
+
+    with pytest.raises(UnsupportedModel, match=f"{file.name} is cut short"):
+        artefact_id(checkpoint, "float32", None)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"\x02" + b"\0" * 7 + b"no"])
+def test_a_file_of_another_kind_is_told(directory: Path, content: bytes) -> None:
+    next(directory.glob("*.safetensors")).write_bytes(content)
+
+    with pytest.raises(UnsupportedModel, match="is no safetensors file"):
+        artefact_id(open_checkpoint(str(directory)), "float32", None)
+
+
 @pytest.mark.parametrize(
     ("stored", "name"),
     [

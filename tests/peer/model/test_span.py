@@ -13,6 +13,7 @@ from peer.model.errors import BadInputs, CacheFull, UnsupportedModel
 from peer.model.kv_cache import GROWTH
 from peer.model.span import Span
 from tests.peer.model.families import (
+    CONTEXT,
     FAMILIES,
     LAYERS,
     VOCAB,
@@ -159,7 +160,7 @@ def test_a_span_tells_its_sizes() -> None:
     span = tiny("llama").spans[1]
 
     assert (span.start, span.end, span.layer_count) == (1, 4, LAYERS)
-    assert (span.hidden_size, span.vocab_size, span.context_length) == (32, VOCAB, 128)
+    assert (span.hidden_size, span.vocab_size, span.context_length) == (32, VOCAB, CONTEXT)
     assert span.dtype == torch.float32
     assert span.weights_bytes == pytest.approx(span.bytes_read, rel=0.01)
 
@@ -254,13 +255,14 @@ def test_another_batch_than_the_cache_began_with_is_refused() -> None:
         model.spans[0].forward(random_tokens(2, 3), cache, 3)
 
 
-def test_learned_positions_end_where_the_model_ends() -> None:
-    span = tiny("gpt2").spans[0]
-    cache = span.new_cache(0, 1, 200)
-    span.forward(random_tokens(1, 128), cache, 0)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_session_never_grows_over_the_models_context(family: str) -> None:
+    span = tiny(family).spans[0]
+    cache = span.new_cache(0, 1, CONTEXT + 10)
+    span.forward(random_tokens(1, CONTEXT), cache, 0)
 
-    with pytest.raises(CacheFull, match="learned 128 positions"):
-        span.forward(random_tokens(1, 1), cache, 128)
+    with pytest.raises(CacheFull, match=f"{CONTEXT + 1} positions are more than this model's {CONTEXT}"):
+        span.forward(random_tokens(1, 1), cache, CONTEXT)
 
 
 def test_layers_outside_the_span_are_refused() -> None:
