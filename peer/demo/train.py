@@ -43,11 +43,9 @@ CHAT_TEMPLATE = """\
 """
 VOCABULARY = 2048
 MAX_POSITIONS = 2048
-# A step is a batch of conversations, in rows of one of these lengths, and a batch of drills.
-BATCH_TOKENS = 1024
-ROW_LENGTHS = (256, 512, 256, 512, 256, 1024)
-DRILL_TOKENS, DRILL_ANSWER_TOKENS = 32, 6
-STEP_TOKENS = 2 * BATCH_TOKENS
+# A step is a batch of conversations, in so many rows of such a length, and a batch of drills.
+ROWS = ((3, 256), (1, 512), (3, 256), (1, 512), (1, 1024))
+DRILLS, DRILL_TOKENS, DRILL_ANSWER_TOKENS = 48, 32, 6
 PEAK_RATE, LAST_RATE, WARMUP_STEPS = 2e-3, 1e-4, 60
 # A user's token is now and then another one: the answer should hang on no single word of the question.
 NOISE = 0.03
@@ -149,12 +147,12 @@ def drills(tokenizer: Tokenizer, text: Text, rng: random.Random) -> Iterator[Row
 
 
 def batches(tokenizer: Tokenizer, text: Text, rng: random.Random) -> Iterator[list[Batch]]:
-    """For one step after another: a batch of conversations and one of drills, of as many tokens."""
+    """For one step after another: a batch of conversations and one of drills."""
     drill_rows = drills(tokenizer, text, rng)
-    rows_of = {length: conversations(tokenizer, text, rng, length) for length in ROW_LENGTHS}
-    for length in itertools.cycle(ROW_LENGTHS):
-        rows = [next(rows_of[length]) for _ in range(BATCH_TOKENS // length)]
-        yield [_batch(rows), _batch([next(drill_rows) for _ in range(BATCH_TOKENS // DRILL_TOKENS)])]
+    rows_of = {length: conversations(tokenizer, text, rng, length) for _, length in ROWS}
+    for count, length in itertools.cycle(ROWS):
+        rows = [next(rows_of[length]) for _ in range(count)]
+        yield [_batch(rows), _batch([next(drill_rows) for _ in range(DRILLS)])]
 
 
 def _batch(rows: list[Row]) -> Batch:
@@ -199,7 +197,10 @@ def train(
             smooth += (loss.item() - smooth) * (0.02 if step > 50 else 0.2)
             progress.update(bar, advance=1, loss=smooth)
             if step % 100 == 99:
-                progress.console.print(f"step {step + 1}: loss {smooth:.4f}")
+                said, drilled = (part.item() for part in losses)
+                progress.console.print(
+                    f"step {step + 1}: loss {smooth:.3f} (conversations {said:.3f}, drills {drilled:.3f})"
+                )
     return smooth
 
 
@@ -216,7 +217,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the trained files.")] = MODEL,
-    steps: Annotated[int, typer.Option(help=f"Steps of {STEP_TOKENS} tokens.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Steps of about 2250 tokens.")] = 1500,
     seed: Annotated[int, typer.Option(help="Another seed gives other weights.")] = 1,
     threads: Annotated[int, typer.Option(help="Processor threads; another count may round differently.")] = 2,
     float32: Annotated[bool, typer.Option(help="For processors without bfloat16 arithmetic.")] = False,
@@ -230,7 +231,7 @@ def main(
     model = new_model()
     loss = train(model, tokenizer.backend_tokenizer, text, seed, steps, low=not float32)
     save(model, tokenizer, out)
-    print(f"{out}: loss {loss:.4f} after {steps} steps of {STEP_TOKENS} tokens")
+    print(f"{out}: loss {loss:.4f} after {steps} steps")
 
 
 if __name__ == "__main__":
