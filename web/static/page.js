@@ -1,0 +1,91 @@
+// The page: a header, the conversation and, beside it, the route. Wires the parts; each has a file of its own.
+import { render } from "preact";
+import { announced } from "./announcer.js";
+import { answering, newChat, stop } from "./answer.js";
+import { Composer, focusComposer } from "./composer.js";
+import { ConversationView } from "./conversation_view.js";
+import { Logo } from "./flower.js";
+import { html } from "./html.js";
+import { Notices } from "./notices.js";
+import { clearRoute } from "./route.js";
+import { RoutePanel } from "./route_view.js";
+import { choices, chooseModel, chosenModel, gatewayThere, isCovered, swarm, watchSwarm } from "./swarm.js";
+import { counted, gapList, text } from "./words.js";
+
+function Page() {
+  return html`
+    <${Header} />
+    <${Notices} />
+    <main aria-label="Chat">
+      <${ConversationView} />
+      <${Composer} />
+    </main>
+    <${RoutePanel} />
+    <${Announcer} />
+  `;
+}
+
+function Header() {
+  return html`<header class="top">
+    <div class="brand"><${Logo} /><h1>Corolla</h1></div>
+    <${ModelPicker} />
+    <${SwarmState} />
+    <button type="button" class="soft new-chat" onClick=${startOver}>
+      <span aria-hidden="true">+</span> ${text.newChat}
+    </button>
+  </header>`;
+}
+
+function ModelPicker() {
+  const model = chosenModel.value;
+  if (!model) return html`<span class="model" />`;
+  if (choices.value.length === 1) return html`<span class="model" title=${model.label}>${model.label}</span>`;
+  return html`<label class="model">
+    <span class="unseen">Model</span>
+    <select value=${model.id} onChange=${(/** @type {any} */ event) => chooseModel(event.target.value)}>
+      ${choices.value.map(
+        (choice) =>
+          html`<option value=${choice.id} selected=${choice.id === model.id}>
+            ${choice.label}${isCovered(choice) ? "" : ` – no one serves ${gapList(choice.gaps)}`}
+          </option>`,
+      )}
+    </select>
+  </label>`;
+}
+
+function SwarmState() {
+  const view = swarm.value;
+  const well = gatewayThere.value && view?.relay.connected;
+  const peers = chosenModel.value?.peers.length ?? 0;
+  let said = counted(peers, "peer", "peers");
+  if (!gatewayThere.value) said = "gateway gone";
+  else if (!view) said = "connecting";
+  else if (!view.relay.connected) said = "relay gone";
+  return html`<span class="swarm-state ${well ? "well" : "unwell"}">${said}</span>`;
+}
+
+function Announcer() {
+  return html`<div class="unseen" aria-live="polite" data-test="announcer">${announced.value}</div>`;
+}
+
+function startOver() {
+  newChat();
+  clearRoute();
+  focusComposer();
+}
+
+addEventListener("keydown", (event) => {
+  if (event.isComposing) return;
+  if (event.key === "Escape" && answering.peek()) {
+    event.preventDefault();
+    stop();
+    focusComposer();
+  }
+  if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    startOver();
+  }
+});
+
+render(html`<${Page} />`, /** @type {HTMLElement} */ (document.getElementById("page")));
+watchSwarm();

@@ -1,0 +1,90 @@
+// Everything the page says in words, in one place. The views decide when; this file decides how.
+
+/**
+ * The layers [start, end), as all of Corolla writes them.
+ * @param {number} start
+ * @param {number} end
+ */
+export function layers(start, end) {
+  return `layers ${start}–${end}`;
+}
+
+/** @param {number[][]} gaps */
+export function gapList(gaps) {
+  return `layers ${gaps.map(([start, end]) => `${start}–${end}`).join(" and ")}`;
+}
+
+/** @param {number} count @param {string} one @param {string} many */
+export function counted(count, one, many) {
+  return `${count} ${count === 1 ? one : many}`;
+}
+
+/**
+ * A duration with about two digits that matter.
+ * @param {number} ms
+ */
+export function duration(ms) {
+  if (ms >= 1000) return `${(ms / 1000).toFixed(ms < 10_000 ? 1 : 0)} s`;
+  return `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+}
+
+/** @param {number} rate */
+export function perSecond(rate) {
+  return rate < 10 ? rate.toFixed(1) : rate.toFixed(0);
+}
+
+/** @param {string} relayUrl */
+export function lendCommand(relayUrl) {
+  return `python -m peer --relay ${relayUrl}`;
+}
+
+export const text = {
+  you: "you",
+  newChat: "New chat",
+  composer: "Message to the swarm",
+  placeholder: "Ask the swarm something",
+  hint: "Enter sends, Shift+Enter makes a new line",
+  hintAnswering: "Esc stops the answer",
+  send: "Send",
+  stop: "Stop",
+  tryAgain: "Try again",
+  tryNow: "Try now",
+  copy: "Copy",
+  copied: "Copied",
+  copyFailed: "Could not copy",
+  toLatest: "To the latest words",
+
+  readableTitle: "Strangers’ machines do the thinking.",
+  readable:
+    "Your words pass through the peers on the route. Whoever holds the first layers can read them, and whoever " +
+    "holds the last ones can read the answer. Write nothing here that a stranger should not see.",
+  readableShort: "Peers on the route can read this chat.",
+
+  reading: "The peers are reading your message",
+  stopped: "Stopped",
+  failed: "The answer broke off",
+  brokeOff: "The gateway ended the answer before it was complete.",
+  gatewayGone: "The gateway does not answer. It may be starting again; the page keeps trying.",
+  connecting: "Looking for the swarm",
+  nobody: "No one lends a machine yet.",
+  lend: "Lend one:",
+  notYet: "This waits until every layer has a peer.",
+
+  route: "The route",
+  showRoute: "Show the route",
+  hideRoute: "Hide the route",
+  noRoute: "Ask something, and the way of each token through the peers is drawn here as it happens.",
+  nobodyHere: "no one yet",
+  gone: "gone",
+  peersPerLayer: "peers per layer",
+};
+
+/** @param {string} url */
+export function relayGone(url) {
+  return `The gateway cannot reach the relay at ${url}, and keeps trying. Peers it already knows may still answer.`;
+}
+
+/** @param {string} model @param {number[][]} gaps */
+export function gapSentence(model, gaps) {
+  return `No one serves ${gapList(gaps)} of ${model} yet.`;
+}
