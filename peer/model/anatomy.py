@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peer.model.errors import UnsupportedModel
+from peer.model.errors import UnsupportedModel, first_line
 
 Anything: TypeAlias = Any
 """What a family hands to its layers and other parts, and gets from them: each does it in its own way."""
@@ -80,24 +81,27 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return first
 
 
-def survey(model: PreTrainedModel, layers: list[nn.Module], run: Callable[..., Any]) -> Anatomy:
+def survey(model: PreTrainedModel, layers: list[nn.Module], run: Callable[..., object]) -> Anatomy:
     """Sort the parts of a model without weights. `run` calls it with `input_ids` or `inputs_embeds`."""
     outside = list(_outside(model, layers))
     embedding = model.get_input_embeddings()
-    ids = torch.zeros(1, COUNT, dtype=torch.int64)
-    hidden_states = torch.rand(1, COUNT, model.config.hidden_size)
     kind = model.config.model_type
-    with_ids = _attempt(
-        f"{kind} models cannot be cut into spans", model, layers, outside, lambda: run(input_ids=ids)
-    )
     fed = f"the layers of {kind} models are fed by more than hidden states and positions"
-    with_hidden = _attempt(fed, model, layers, outside, lambda: run(inputs_embeds=hidden_states))
+
+    with_ids = Trial(model, layers, outside)
+    ids = torch.zeros(1, COUNT, dtype=torch.int64)
+    with_ids.run(lambda: run(input_ids=ids), f"{kind} models cannot be cut into spans")
+    with_hidden = Trial(model, layers, outside)
+    hidden_states = torch.rand(1, COUNT, model.config.hidden_size)
+    with_hidden.run(lambda: run(inputs_embeds=hidden_states), fed)
+
+    # Both runs began with other numbers, so whatever differs now was made from them.
     if not _same(with_ids.arguments, with_hidden.arguments):
         raise UnsupportedModel(fed)
-    before = [
-        part for part in outside if part is embedding or part in with_ids.called or part in with_hidden.called
-    ]
-    return Anatomy(before, [part for part in outside if part not in before])
+    called = {embedding, *with_ids.called, *with_hidden.called}
+    return Anatomy(
+        [part for part in outside if part in called], [part for part in outside if part not in called]
+    )
 
 
 def _outside(model: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
@@ -119,83 +123,68 @@ def _outside(model: nn.Module, layers: list[nn.Module]) -> Iterator[nn.Module]:
 
 def _holds_weights(part: nn.Module) -> bool:
     persistent = (name for name in part._buffers if name not in part._non_persistent_buffers_set)
-    return any(True for _ in part._parameters.values()) or any(True for _ in persistent)
+    return bool(part._parameters) or any(True for _ in persistent)
 
 
-@dataclass
-class _Watched:
-    """One trial run: parts called before the first layer, and what layers got besides hidden states."""
+class Trial:
+    """One run of a family's forward pass in which every layer is skipped and every other part is played.
 
-    called: set[nn.Module]
-    arguments: list[Any]
+    `called` are the parts that ran before the first layer; `arguments` is what each layer got besides hidden
+    states.
+    """
 
+    def __init__(self, model: PreTrainedModel, layers: list[nn.Module], outside: list[nn.Module]) -> None:
+        self.called: set[nn.Module] = set()
+        self.arguments: list[Any] = []
+        self._kind = model.config.model_type
+        self._shape = (1, COUNT, model.config.hidden_size)
+        self._arrived = torch.empty(0)
+        self._layer_count = len(layers)
+        self._forwards: dict[nn.Module, Callable[..., torch.Tensor]] = {
+            layer: partial(self._skip, index) for index, layer in enumerate(layers)
+        }
+        for part in outside:
+            self._forwards[part] = partial(self._play, part, stand_in(part, torch.rand))
 
-def _attempt(
-    refusal: str,
-    model: PreTrainedModel,
-    layers: list[nn.Module],
-    outside: list[nn.Module],
-    run: Callable[[], object],
-) -> _Watched:
-    """Watch a trial run; whatever goes wrong in the family's own code is a refusal."""
-    try:
-        return _watch(model, layers, outside, run)
-    except UnsupportedModel:
-        raise
-    except Exception as error:
-        raise UnsupportedModel(f"{refusal} ({type(error).__name__}: {error})") from error
+    def run(self, forward: Callable[[], object], refusal: str) -> None:
+        """Call `forward` until it reaches the last layer. Whatever goes wrong is a refusal of the model."""
+        for part, replacement in self._forwards.items():
+            part.forward = replacement
+        try:
+            forward()
+        except Reached:
+            return
+        except UnsupportedModel:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"{refusal} ({first_line(error)})") from error
+        finally:
+            for part in self._forwards:
+                del part.forward
+        raise UnsupportedModel(f"{self._kind} models do not run all of their layers")
 
+    def _play(
+        self, part: nn.Module, play: Callable[..., torch.Tensor], *args: Anything, **kwargs: Anything
+    ) -> torch.Tensor:
+        if self.arguments:
+            raise UnsupportedModel(f"{self._kind} models compute something between their layers")
+        self.called.add(part)
+        return play(*args, **kwargs)
 
-def _watch(
-    model: PreTrainedModel, layers: list[nn.Module], outside: list[nn.Module], run: Callable[[], Any]
-) -> _Watched:
-    seen = _Watched(set(), [])
-    kind = model.config.model_type
-    passed_on: list[torch.Tensor] = []
-
-    def act(part: nn.Module) -> Callable[..., torch.Tensor]:
-        play = stand_in(part, torch.rand)
-
-        def called(*args: Anything, **kwargs: Anything) -> torch.Tensor:
-            if seen.arguments:
-                raise UnsupportedModel(f"{kind} models compute something between their layers")
-            seen.called.add(part)
-            return play(*args, **kwargs)
-
-        return called
-
-    def skip(index: int) -> Callable[..., torch.Tensor]:
-        def called(*args: Anything, **kwargs: Anything) -> torch.Tensor:
-            if index != len(seen.arguments):
-                raise UnsupportedModel(f"{kind} models do not run their layers once and in order")
-            arriving, rest = split_arguments(args, kwargs)
-            if not passed_on:
-                if arriving.shape != (1, COUNT, model.config.hidden_size):
-                    raise UnsupportedModel(
-                        f"the layers of {kind} models pass on more than one row per position"
-                    )
-                passed_on.append(arriving)
-            seen.arguments.append(rest)
-            if index == len(layers) - 1:
-                raise Reached(arriving)
-            # Some families take a layer's output as it is, some take its first element. Whichever is
-            # handed to the next layer, that layer is skipped as well.
-            return passed_on[0]
-
-        return called
-
-    played = {layer: skip(index) for index, layer in enumerate(layers)}
-    played |= {part: act(part) for part in outside}
-    for part, forward in played.items():
-        part.forward = forward
-    try:
-        run()
-    except Reached:
-        return seen
-    finally:
-        for part in played:
-            del part.forward
-    raise UnsupportedModel(f"{kind} models do not run all of their layers")
+    def _skip(self, index: int, *args: Anything, **kwargs: Anything) -> torch.Tensor:
+        if index != len(self.arguments):
+            raise UnsupportedModel(f"{self._kind} models do not run their layers once and in order")
+        arriving, rest = split_arguments(args, kwargs)
+        if index == 0:
+            self._arrived = arriving
+            if arriving.shape != self._shape:
+                raise UnsupportedModel(f"the layers of {self._kind} models pass on more than hidden states")
+        self.arguments.append(rest)
+        if index == self._layer_count - 1:
+            raise Reached(self._arrived)
+        # Some families take a layer's output as it is, some take its first element. Whichever is handed to
+        # the next layer, that layer is skipped as well.
+        return self._arrived
 
 
 def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, list[Any]]:

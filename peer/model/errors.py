@@ -21,3 +21,9 @@ class BadInputs(CorollaError):
 
 class BadLogits(CorollaError):
     """The logits are not numbers that a token can be drawn from."""
+
+
+def first_line(error: Exception) -> str:
+    """Someone else's error as part of a sentence of ours: its kind, and the first line of its text."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"

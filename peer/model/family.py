@@ -32,6 +32,9 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """The kinds of layers that keep keys and values per position, and nothing else."""
 
 
+RECURRENT = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
+
+
 class Readable(Protocol):
     """A tensor that is read when it is indexed."""
 
@@ -56,10 +59,14 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 def check_rollback(config: PretrainedConfig, model: PreTrainedModel) -> None:
     """Refuse a family whose layers keep more than keys and values: positions could not be taken back."""
-    if model._is_stateful or not set(getattr(config, "layer_types", None) or ATTENTION) <= ATTENTION:
+    kinds = set(getattr(config, "layer_types", None) or ATTENTION)
+    if model._is_stateful or kinds & RECURRENT:
         raise UnsupportedModel(
             f"{config.model_type} models keep a recurrent state, which cannot go back to an earlier position"
         )
+    if kinds - ATTENTION:
+        others = ", ".join(sorted(kinds - ATTENTION))
+        raise UnsupportedModel(f"{config.model_type} models have layers that are not served: {others}")
     if "reuse" in (getattr(config, "kv_sharing_modes", None) or ()):
         raise UnsupportedModel(
             f"{config.model_type} models share keys and values between layers, across spans"
@@ -102,9 +109,13 @@ def fill(
     if model.all_tied_weights_keys:
         model.tie_weights(missing_keys=set(result.missing_keys), recompute_mapping=False)
     model.requires_grad_(False)
-    problems = [*result.conversion_errors.values(), *map(str, result.mismatched_keys)]
-    if problems:
-        raise UnsupportedModel(f"a tensor does not fit the family {model.config.model_type}: {problems[0]}")
+    for name, stored, expected in result.mismatched_keys:
+        raise UnsupportedModel(
+            f"{name} is {list(stored)} in the checkpoint, but its config says {list(expected)}"
+        )
+    for name, trace in result.conversion_errors.items():
+        reason = trace.strip().splitlines()[-1]
+        raise UnsupportedModel(f"{name} of this checkpoint does not fit its family: {reason}")
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise UnsupportedModel(

@@ -35,7 +35,7 @@ from peer.model.anatomy import (
     survey,
 )
 from peer.model.checkpoint import Checkpoint
-from peer.model.errors import BadInputs, CacheFull, UnsupportedModel
+from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.kv_cache import KVCache
 from peer.model.source import Progress
 
@@ -243,7 +243,7 @@ class Span:
             self.forward(inputs, cache, 0)
         except Exception as error:
             raise UnsupportedModel(
-                f"{kind} models cannot be served in spans: {type(error).__name__}: {error}"
+                f"{kind} models cannot be served in spans ({first_line(error)})"
             ) from error
         kept = [cache.bytes_of(layer) for layer in range(self.start, self.end)]
         if not all(kept):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForConditionalGeneration
 
 from peer.model.checkpoint import open_checkpoint
@@ -307,6 +309,45 @@ def test_a_family_that_cannot_be_cut_is_refused_in_one_sentence(
         Span.load(open_checkpoint(str(tmp_path)), 0, 1)
 
     assert "\n" not in str(refusal.value)
+
+
+def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["llama"]())
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 47, bias=False)
+    save(model, tmp_path)
+
+    with pytest.raises(UnsupportedModel, match=r"up_proj.weight is \[47, 32\] in the checkpoint"):
+        Span.load(open_checkpoint(str(tmp_path)), 0, 2)
+
+
+def test_tensors_that_cannot_be_joined_are_named(tmp_path: Path) -> None:
+    model = random_model(FAMILIES["qwen3-moe"]())
+    directory = tmp_path / "saved"
+    save(model, directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, directory / "model.safetensors")
+
+    with pytest.raises(UnsupportedModel, match=r"layers.1.mlp.* does not fit its family") as refusal:
+        Span.load(open_checkpoint(str(directory)), 0, 2)
+
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_of_the_bare_model_is_served(tmp_path: Path) -> None:
+    """The names of the first GPT-2 on the hub: without the prefix that the model with a head has."""
+    model = tiny("gpt2")
+    tensors = load_file(model.directory / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "model.safetensors")
+    shutil.copy(model.directory / "config.json", tmp_path)
+    tokens = states = random_tokens(1, 9)
+
+    for start, end in ((0, 3), (3, LAYERS)):
+        span = Span.load(open_checkpoint(str(tmp_path)), start, end)
+        states = span.forward(states, span.new_cache(start, end, 9), 0, all_logits=True)
+
+    torch.testing.assert_close(states, model.expected(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
