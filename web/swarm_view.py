@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from shared.background import Background
 from shared.client.directory import ServedModel
 from shared.identity import PeerId
 from shared.protocol import Announcement, Path
@@ -89,14 +90,12 @@ class SwarmFeed:
     async def running(self) -> AsyncGenerator[SwarmFeed, None]:
         """Keep the view fresh inside the `async with`."""
         unlisten = self._swarm.directory.listen(self._changed.set)
-        refreshing = asyncio.create_task(self._refresh(), name="swarm view")
         try:
-            yield self
+            async with Background() as tasks:
+                tasks.start(self._refresh())
+                yield self
         finally:
             unlisten()
-            refreshing.cancel()
-            with suppress(asyncio.CancelledError):
-                await refreshing
 
     async def views(self, quiet_s: float) -> AsyncGenerator[bytes | None, None]:
         """The view as JSON now and after every change; None when nothing changed for `quiet_s`."""

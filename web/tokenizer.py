@@ -103,9 +103,16 @@ class ModelTokenizer:
         return Rendered(self.encode(text), [])
 
 
+def preload() -> None:
+    """Import what loading needs, so that the first chat does not wait for it; call it in a thread."""
+    import transformers
+
+    _ = transformers.AutoTokenizer  # transformers imports its parts when they are first touched
+
+
 def load_tokenizer(files: Mapping[str, bytes]) -> ModelTokenizer:
     """Make a tokenizer of a peer's files. Raises ProtocolError when they cannot be used."""
-    # Here and not above: the import takes seconds, and the page should be up before the first chat.
+    # Here and not above: the import takes seconds, and the page should be up before them.
     from transformers import AutoTokenizer
 
     try:
