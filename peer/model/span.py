@@ -106,7 +106,7 @@ class Span:
         checkpoint.fetch(names, progress)
         family.fill(model, read_later(checkpoint, names, progress), dtype, span.device)
         span.bytes_read = checkpoint.bytes_read - read_before
-        span._token_bytes = span._measure_cache()
+        span._token_bytes = span._try_out()
         return span
 
     @property
@@ -149,9 +149,12 @@ class Span:
         return result
 
     def _run(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        name = "input_ids" if cache.start == 0 else "inputs_embeds"
         try:
-            logits = self._call(cache, **{name: inputs})
+            if cache.start == 0:
+                logits = self._call(cache, input_ids=inputs)
+            else:
+                # Only its shape counts: the gate brings the true ones, and CTRL changes these in place.
+                logits = self._call(cache, inputs_embeds=torch.zeros_like(inputs))
         except Reached as reached:
             return reached.hidden_states
         return (logits if self._visit.all_logits else logits[:, -1]).float()
@@ -231,26 +234,39 @@ class Span:
             for part in anatomy.after:
                 drop_weights(part)
 
-    def _measure_cache(self) -> list[int]:
-        """Bytes per position in each layer, from one position sent through. Shows too that the span works."""
-        cache = self.new_cache(self.start, self.end, 1)
-        if self.start == 0:
-            inputs = torch.zeros(1, 1, dtype=torch.int64)
-        else:
-            inputs = torch.ones(1, 1, self.hidden_size, dtype=self.dtype)
+    def _try_out(self) -> list[int]:
+        """Send two positions through, twice. Gives the bytes that each layer's cache takes per position.
+
+        Raises UnsupportedModel when that fails, or when a position looks at what comes after it.
+        """
         kind = self._model.config.model_type
+        caches = [self.new_cache(self.start, self.end, 2) for _ in range(2)]
         try:
-            self.forward(inputs, cache, 0)
+            one, other = (
+                self.forward(inputs, cache, 0, all_logits=True)[0, 0].float()
+                for inputs, cache in zip(self._trial_inputs(), caches, strict=True)
+            )
         except Exception as error:
             raise UnsupportedModel(
                 f"{kind} models cannot be served in spans ({first_line(error)})"
             ) from error
-        kept = [cache.bytes_of(layer) for layer in range(self.start, self.end)]
+        difference = float((one - other).abs().max() / one.abs().max())
+        if difference > max(1e-4, 4 * torch.finfo(self.dtype).eps):
+            raise UnsupportedModel(f"{kind} models look ahead: only models that continue a text are served")
+        kept = [caches[0].bytes_of(layer) // 2 for layer in range(self.start, self.end)]
         if not all(kept):
             raise UnsupportedModel(
-                f"{kind} models have layers that keep no keys and values: none can be rolled back"
+                f"{kind} models have layers without keys and values: nothing can be taken back"
             )
         return kept
+
+    def _trial_inputs(self) -> list[torch.Tensor]:
+        """Two inputs of two positions each; they differ in the second position alone."""
+        if self.start == 0:
+            return [torch.tensor([[0, 1]]), torch.tensor([[0, 2]])]
+        numbers = torch.Generator().manual_seed(0)
+        first, *seconds = torch.randn(3, self.hidden_size, generator=numbers, dtype=self.dtype)
+        return [torch.stack([first, second])[None] for second in seconds]
 
     def _check_range(self, start: int, end: int) -> None:
         if not self.start <= start < end <= self.end:

@@ -128,6 +128,7 @@ WIDER: dict[str, Callable[[], PretrainedConfig]] = {
         window_size=WINDOW,
     ),
     "codegen": lambda: _early("codegen", rotary_dim=4),
+    "ctrl": lambda: _early("ctrl", dff=48),
     "gpt-bigcode": lambda: _early("gpt_bigcode"),
     "opt": lambda: _modern("opt", ffn_dim=48, word_embed_proj_dim=32, num_key_value_heads=None),
     "opt-350m": lambda: _modern(

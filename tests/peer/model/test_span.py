@@ -281,7 +281,9 @@ def test_layers_outside_the_span_are_refused() -> None:
         ("rwkv", {}, "keep a recurrent state"),
         ("jamba", {"intermediate_size": 48}, "keep a recurrent state"),
         ("lfm2", {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4}, "recurrent state"),
-        ("openai-gpt", {"n_head": 4}, "keep no keys and values"),
+        ("openai-gpt", {"n_head": 4}, "without keys and values"),
+        ("bert", {"intermediate_size": 48, "num_attention_heads": 4}, "look ahead"),
+        ("xlm", {"emb_dim": 32, "n_heads": 4, "n_layers": 2}, "compute something between their layers"),
         (
             "gemma4_text",
             {"num_attention_heads": 4, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0},
