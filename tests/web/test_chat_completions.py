@@ -517,7 +517,7 @@ async def test_a_client_that_reads_slowly_holds_the_swarm_back(
         before = -1
         while drawn != before:
             before = drawn
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
         assert drawn < many
         response.close()
 

@@ -56,6 +56,16 @@ def test_a_relay_that_does_not_answer_is_one_sentence() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_the_gateway_is_up_before_transformers_and_never_loads_torch_itself() -> None:
+    code = (
+        "import sys, web.__main__; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
 @pytest.mark.slow
 def test_the_demo_survives_a_peer_and_leaves_nobody_behind() -> None:
     command = [sys.executable, "-m", "web", "--demo", "--peers", "2", "--port", "0"]
