@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import tempfile
 from contextlib import AsyncExitStack
@@ -86,7 +87,8 @@ class Gateway:
         try:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
-            reason = error.strerror or error
+            # asyncio wraps the system's words in its own; name look-ups have numbers below zero.
+            reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
             raise SettingsError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
         bound = runner.addresses[0][1]
         self.url = str(URL.build(scheme="http", host=_reachable(host), port=bound))
