@@ -88,7 +88,8 @@ class Gateway:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
             # asyncio wraps the system's words in its own; name look-ups have numbers below zero.
-            reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+            number = error.errno or 0
+            reason = os.strerror(number) if number > 0 else error.strerror
             raise SettingsError(f"cannot listen on {host}:{port}: {reason}; choose another --port") from None
         bound = runner.addresses[0][1]
         self.url = str(URL.build(scheme="http", host=_reachable(host), port=bound))

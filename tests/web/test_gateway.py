@@ -189,7 +189,9 @@ async def test_it_is_healthy(http: aiohttp.ClientSession) -> None:
 
 async def test_a_port_that_is_taken_is_told_in_one_sentence(gateway: Gateway, swarm: FakeSwarm) -> None:
     port = int(gateway.url.rpartition(":")[2])
-    with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose"):
+    with pytest.raises(
+        SettingsError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use; choose"
+    ):
         async with Gateway(GatewaySettings(port=port), swarm):
             pass
 
