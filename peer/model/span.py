@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -203,10 +203,9 @@ class Span:
         cache = KVCache(0, 0, 0, self._windows)
         with device, torch.inference_mode():
             anatomy = survey(model, layers, lambda **inputs: self._call(cache, **inputs))
-        held = layers[self.start : self.end]
-        family.make_buffers(model, (part for layer in held for part in layer.modules()), device)
-        for layer in set(layers) - set(held):
-            drop_weights(layer)
+        held = {part for layer in layers[self.start : self.end] for part in layer.modules()}
+        family.make_buffers(model, held, device)
+        drop_weights(inner - held)
         self._cut_ends(anatomy)
         for index, layer in enumerate(layers):
             layer.forward = partial(self._gate, index, layer.forward)
@@ -221,10 +220,10 @@ class Span:
             part.forward = partial(self._before, part.forward, stand_in(part, zeros))
         if self.start > 0:
             for part in others:
-                drop_weights(part)
+                drop_weights(part.modules())
             # The head may have no weights but the embedding's.
             if not (holds_head and model.all_tied_weights_keys):
-                drop_weights(embedding)
+                drop_weights(embedding.modules())
         if holds_head:
             outputs: Callable[[], nn.Module | None] = model.get_output_embeddings
             if head := outputs():
@@ -232,7 +231,7 @@ class Span:
         else:
             model.all_tied_weights_keys = {}
             for part in anatomy.after:
-                drop_weights(part)
+                drop_weights(part.modules())
 
     def _try_out(self) -> list[int]:
         """Send two positions through, twice. Gives the bytes that each layer's cache takes per position.
@@ -294,10 +293,10 @@ class Span:
         return inputs.to(self.device, torch.int64)
 
 
-def drop_weights(part: nn.Module) -> None:
-    """Forget the tensors of a part, so that nothing is read for it, but keep what it tells about itself."""
-    for inner in part.modules():
-        for tensors in (inner._parameters, inner._buffers):
+def drop_weights(parts: Iterable[nn.Module]) -> None:
+    """Forget the tensors of parts, so that nothing is read for them; keep what they tell of themselves."""
+    for part in parts:
+        for tensors in (part._parameters, part._buffers):
             tensors.update(dict.fromkeys(tensors))
 
 

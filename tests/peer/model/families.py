@@ -18,6 +18,9 @@ from peer.model.checkpoint import Checkpoint, open_checkpoint
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 
+# The models are so small that a second thread only waits.
+torch.set_num_threads(1)
+
 Model: TypeAlias = Any
 """transformers' own models and their factories, which are only partly typed."""
 
@@ -251,7 +254,6 @@ def random_tokens(*shape: int) -> torch.Tensor:
 @functools.cache
 def tiny(family: str) -> Tiny:
     """Built once per family and process; the files stay until the process ends."""
-    torch.set_num_threads(1)
     directory = Path(_TEMPORARY.name, family)
     save(random_model(FAMILIES[family]()), directory)
     checkpoint = open_checkpoint(str(directory))

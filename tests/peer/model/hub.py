@@ -71,6 +71,9 @@ class Hub:
                     self._send(json.dumps(hub.listing()).encode(), with_body)
                 elif path.startswith(f"/{hub.name}/resolve/{COMMIT}/"):
                     file = hub.directory / path.rsplit("/", 1)[1]
+                    if not file.is_file():
+                        self._send(b"", with_body, 404, {"X-Error-Code": "EntryNotFound"})
+                        return
                     if with_body:
                         hub.fetched.append(file.name)
                     self._send(file.read_bytes(), with_body)

@@ -249,13 +249,10 @@ def test_a_hub_that_cannot_be_reached_is_told(hub: Hub, monkeypatch: pytest.Monk
         open_checkpoint("someone/tiny-llama")
 
 
-def test_a_hub_that_goes_away_before_the_weights_is_told(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_the_hub_no_longer_has_are_told(hub: Hub) -> None:
     checkpoint = open_checkpoint("someone/tiny-llama")
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    )
+    for file in hub.directory.glob("*.safetensors"):
+        file.unlink()
 
     with pytest.raises(ModelNotFound, match="could not be fetched from the hub"):
         Span.load(checkpoint, 2, 3)
