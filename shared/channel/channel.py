@@ -124,6 +124,7 @@ class Channel:
             drop=self._drop_direct,
             traffic=lambda: self._outbound.last + self._inbound.received,
         )
+        self._running = False
         self._links_stopped = asyncio.Event()
         self._watchers = 0
         self._pace = IDLE
@@ -161,11 +162,13 @@ class Channel:
         if self.closed.is_set():
             raise self._closed_error()
         meta = aligned(encode(message))
+        if isinstance(body, memoryview):
+            body = body.cast("B")
         link = self._link
         if link is not None and link.ready and (sent := self._outbound.straight(priority, meta, body)):
             self._transmit(link, sent)
             return
-        waiting = Splitter(meta, memoryview(body).cast("B"), priority, stream=priority)
+        waiting = Splitter(meta, memoryview(body), priority, stream=priority)
         self._outbound.waiting[priority].append(waiting)
         done = self._senders[waiting] = self._loop.create_future()
         self._pump()
@@ -201,6 +204,7 @@ class Channel:
 
     async def run(self) -> None:
         """Hand messages to the handler and seek a direct link, until closed."""
+        self._running = True
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._handle())
             upgrade = tasks.create_task(self._upgrade.run())
@@ -211,7 +215,7 @@ class Channel:
             self._links_stopped.set()
 
     def stopped(self) -> None:
-        """`run` is over, for whatever reason, or was never begun."""
+        """`run` is over, for whatever reason."""
         self.end("this side stops", bye=True)
         self._links_stopped.set()
 
@@ -229,6 +233,8 @@ class Channel:
         self.reason = reason
         self.closed.set()
         self._arrived.set()
+        if not self._running:
+            self._links_stopped.set()
         self._timer.cancel()
         if self._credit_timer is not None:
             self._credit_timer.cancel()
@@ -275,13 +281,9 @@ class Channel:
                     done.set_result(None)
 
     def _give_up(self, waiting: Splitter) -> None:
-        if self._senders.pop(waiting, None) is None:
-            return
-        sent = self._outbound.give_up(waiting)
-        link = self._link
-        if sent is not None and link is not None:
-            self._transmit(link, sent)
-        self._pump()
+        if self._senders.pop(waiting, None) is not None:
+            self._outbound.give_up(waiting)
+            self._pump()
 
     def _tell(self, link: Link, message: ChannelMessage) -> None:
         link.send(whole_frame(CHANNEL_WIRE, Priority.CONTROL, 0, encode(message)))
@@ -418,7 +420,7 @@ class Channel:
 
     def relay_gone(self, meeting: Meeting) -> None:
         """A relay says that the peer's connection closed: very likely its process is gone."""
-        was_up = self.relayed.up
+        was_up, was_heard = self.relayed.up, self.relayed.heard
         if self._grace_ticks or not was_up:
             return
         self.relayed.absent(meeting)
@@ -426,12 +428,12 @@ class Channel:
         if self.relayed.up:
             self._ping(self.relayed)
             self._pump()
-        elif self.direct is not None:
+        elif self.direct is None:
+            self.end("the relay lost it", bye=False)
+        elif was_heard:
             self._ping(self.direct)
             self._proof = PROOF_TICKS
             self._loop.call_later(PROOF_TICK_S, self._proof_tick)
-        else:
-            self.end("the relay lost it", bye=False)
 
     def _proof_tick(self) -> None:
         if self._proof == 0 or self.closed.is_set():
@@ -456,7 +458,8 @@ class Channel:
                 self._ping(link)
 
     def _ping(self, link: Link) -> None:
-        if not self.closed.is_set() and link.ready:
+        """Ask, even over a link that is behind: what makes it so may be that nobody is there."""
+        if not self.closed.is_set():
             self._tell(link, Ping(link.pinged(time.perf_counter())))
 
     def _tick(self) -> None:
@@ -468,6 +471,8 @@ class Channel:
         for link in self._links():
             link.silent_ticks += 1
             used = link is self._link or link is self.direct
+            if link is self.relayed and not self.relayed.up and self._ticks % pace.standby_ping == 0:
+                self.relayed.retry()
             if self._ticks % (pace.ping if used else pace.standby_ping) == 0:
                 self._ping(link)
         if self.direct is not None:

@@ -216,7 +216,6 @@ class Dialer:
             direct_limit=self._direct_limit,
             on_closed=lambda channel: self._closed(tag, channel),
         )
-        self._tasks.start(channel.run()).add_done_callback(lambda _: channel.stopped())
         return channel
 
     def _make_direct(
@@ -235,6 +234,7 @@ class Dialer:
         """From now on this is the channel to its peer."""
         previous = self.channels.get(channel.peer)
         self.channels[channel.peer] = channel
+        self._tasks.start(channel.run()).add_done_callback(lambda _: channel.stopped())
         if previous is not None:
             previous.end("a newer channel takes its place", bye=False)
         dial = self._dials.pop(channel.peer, None)
@@ -256,7 +256,11 @@ class Dialer:
         if self.channels.get(channel.peer) is channel:
             del self.channels[channel.peer]
         if self._on_closed is not None:
-            self._on_closed(channel)
+            try:
+                self._on_closed(channel)
+            except Exception:
+                # Whoever closes the channel is not to blame, and the other channels need it to go on.
+                log.exception("who was told of a closed channel failed")
 
     # ------------------------------------------------------------ what relays tell
 

@@ -104,10 +104,11 @@ class Outbound:
                 return sent, message
         return None
 
-    def give_up(self, message: Splitter) -> Sent | None:
-        """Forget a message whose sender no longer waits; a frame that says so, if it had begun."""
+    def give_up(self, message: Splitter) -> None:
+        """Forget a message whose sender no longer waits; if it had begun, the receiver is told to as well."""
         self.waiting[message.priority].remove(message)
-        return self._number(message.abandon(self.last + 1)) if message.started else None
+        if message.started:
+            self._again.append(self._number(message.abandon(self.last + 1)))
 
     def consumed(self, received: int) -> None:
         """The receiver has used every frame up to `received`. Raises ProtocolError if it cannot have."""

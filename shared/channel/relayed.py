@@ -7,6 +7,7 @@ reached by several relays and uses one of them at a time.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from shared.protocol import Signal
 
 # Beyond this, links wait before they give more. Short, since urgent frames cannot overtake what is in here.
 QUEUE_BYTES = 64 * 1024
+# Nobody tells when a peer comes back to a relay. Trying costs the relay a frame and an answer.
+ABSENT_S = 0.5
 
 
 class Relay(Protocol):
@@ -128,7 +131,9 @@ class RelayedLink(Link):
         self._peer = peer
         self._meetings = meetings
         self._via: Meeting | None = via
-        self._absent: set[Meeting] = set()
+        self.heard = False
+        """Whether the peer spoke here since a relay last said that it was gone."""
+        self._absent: dict[Meeting, float] = {}
         self._keys = keys
         for meeting in meetings:
             meeting.links.add(self)
@@ -165,24 +170,34 @@ class RelayedLink(Link):
     def open(self, meeting: Meeting, sealed: memoryview) -> bytes | None:
         """What a sealed frame holds, if it is the peer's next word; then it is there, by this relay."""
         frame = self._keys.opener(sealed)
-        if frame is not None and meeting in self._absent:
-            self.present(meeting)
+        if frame is not None:
+            self.heard = True
+            if meeting in self._absent:
+                self.present(meeting)
         return frame
 
     def present(self, meeting: Meeting) -> None:
         """The peer may be at this relay (again)."""
-        self._absent.discard(meeting)
+        self._absent.pop(meeting, None)
         self._choose()
 
     def absent(self, meeting: Meeting) -> None:
-        """This relay says that the peer is not there."""
-        self._absent.add(meeting)
+        """This relay says that the peer is not there. Others may have got it back since they said so."""
+        self._absent[meeting] = time.monotonic()
+        self._choose()
+        if self._via is None:
+            self.retry()
+        self.heard = self.heard and self._via is not None
+
+    def retry(self) -> None:
+        """Believe in the peer's absence no longer where it was told a while ago."""
+        past = time.monotonic() - ABSENT_S
+        self._absent = {meeting: told for meeting, told in self._absent.items() if told > past}
         self._choose()
 
     def cut(self, meeting: Meeting) -> None:
         """Our own connection to this relay ended; where the peer is, nobody knows."""
-        self._absent.discard(meeting)
-        self._choose()
+        self.present(meeting)
 
     def leave(self) -> None:
         """The channel is closed."""

@@ -10,6 +10,12 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_collections() -> None:
+    """What was imported is never garbage: collecting takes a tenth of the time without it."""
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 async def nothing_left_behind() -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()

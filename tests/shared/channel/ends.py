@@ -106,6 +106,7 @@ def mute(channel: Channel) -> None:
 def cut_direct(channel: Channel) -> None:
     """This end's sockets close without a word, as when its process is killed or its network is gone."""
     assert channel.direct is not None
+    swallow_direct(channel)
     for protocol in channel.direct._gatherer._connection._protocols:
         protocol.transport.abort()
 

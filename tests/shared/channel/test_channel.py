@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import random
 import time
+from array import array
 
 import pytest
 
 from relay.settings import RelaySettings
 from shared.channel import Channel, Priority
+from shared.channel import channel as channel_file
 from shared.channel.flow import WINDOW_BYTES
 from shared.errors import ChannelClosed, ConnectionLost, ProtocolError
 from shared.identity import Identity
-from shared.protocol import Token
+from shared.protocol import MAX_BODY_BYTES, Path
 from tests.shared.channel.ends import (
-    SESSION,
+    End,
     Got,
     body_of,
     both_direct,
@@ -55,34 +57,35 @@ async def test_a_channel_becomes_direct_and_knows_its_round_trip() -> None:
 
 
 async def test_megabytes_survive_the_switch_from_relayed_to_direct() -> None:
+    """Both ways at once, in messages of one frame and of many, without a pause at the switch."""
+
+    def body(number: int) -> bytes:
+        return random.Random(number).randbytes(60_000 if number % 5 == 0 else 2_000)
+
+    async def stream(channel: Channel) -> int:
+        number, after = 0, 0
+        while after < 60:
+            await channel.send(numbered(number), body(number))
+            number += 1
+            after += channel.path == "direct"
+        return number
+
+    async def check(end: End, count: int) -> set[Path]:
+        paths = set()
+        for number in range(count):
+            got = await end.got()
+            assert (got.number, got.body) == (number, body(number))
+            paths.add(got.path)
+        assert end.inbox.empty()
+        return paths
+
     async with ends() as (ann, bob):
         channel = await ann.dialer.channel(bob.id)
-        await channel.send(numbered(0), b"")
-        first = await bob.got()
-        big = os.urandom(1_500_000)
-        stop = asyncio.Event()
+        await until(lambda: bob.dialer.channels)
+        there, back = await asyncio.gather(stream(channel), stream(bob.channel_to(ann)))
 
-        async def stream(sender: Channel) -> int:
-            number = 1
-            while not stop.is_set():
-                await sender.send(numbered(number), body_of(number))
-                number += 1
-                await asyncio.sleep(0.001)
-            return number
-
-        async with asyncio.TaskGroup() as tasks:
-            there = tasks.create_task(stream(channel))
-            back = tasks.create_task(stream(first.channel))
-            tasks.create_task(channel.send(Token(SESSION, 7, 0, 0), big, Priority.PREFILL))
-            await until(lambda: channel.path == first.channel.path == "direct")
-            await until(lambda: any(got.body == big for got in bob.inbox._queue))  # type: ignore[attr-defined]
-            stop.set()
-
-        small = [await bob.got() for _ in range(there.result())]
-        assert [got.number for got in small if got.body != big] == list(range(1, there.result()))
-        assert all(got.body == body_of(got.number) for got in small if got.body != big)
-        assert {got.path for got in small} == {"relayed", "direct"}
-        await expect_numbers(ann, range(1, back.result()))
+        assert await check(bob, there) == await check(ann, back) == {"relayed", "direct"}
+        assert there * 13_600 > 1_000_000
 
 
 @pytest.mark.parametrize("harm", [cut_direct, swallow_direct])
@@ -160,12 +163,13 @@ async def test_a_silent_peer_is_given_up_within_a_second_and_a_half(direct: bool
         assert 0.9 < time.perf_counter() - started < 1.5
 
 
-async def test_a_stalled_event_loop_does_not_make_others_look_dead() -> None:
+async def test_a_stalled_event_loop_does_not_make_others_look_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_file, "WATCHED", channel_file.WATCHED._replace(tick_s=0.05))
     async with ends() as (ann, bob):
         channel = await both_direct(ann, bob)
         with channel.watched(), bob.channel_to(ann).watched():
             await asyncio.sleep(0.2)
-            time.sleep(2.0)  # noqa: ASYNC251 - the stall itself
+            time.sleep(0.8)  # noqa: ASYNC251 - the stall itself
             await asyncio.sleep(0.5)
             await channel.send(numbered(1))
 
@@ -322,6 +326,36 @@ async def test_a_cancelled_send_leaves_the_channel_whole() -> None:
         await channel.send(numbered(1), b"next", Priority.PREFILL)
 
         assert (await bob.got()).number == 1
+
+
+async def test_a_send_cancelled_without_a_link_leaves_no_hole() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        gate = asyncio.Event()
+        bob.handle = lambda got: gate.wait()
+        long = asyncio.create_task(channel.send(numbered(0), bytes(8_000_000), Priority.PREFILL))
+        await until(lambda: channel._outbound.last > 10)
+        via, channel.relayed._via = channel.relayed._via, None
+        long.cancel()
+        await asyncio.wait([long])
+        bob.handle = None
+        channel.relayed._via = via
+        await channel.send(numbered(1), b"next", Priority.PREFILL)
+
+        assert (await bob.got()).number == 1
+
+
+async def test_any_contiguous_buffer_is_a_body_but_not_one_over_the_cap() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        floats = memoryview(array("f", range(12))).cast("B").cast("f", (3, 4))
+        await channel.send(numbered(1), floats)  # type: ignore[arg-type]
+        await channel.send(numbered(2), bytearray(b"abc"))
+        with pytest.raises(ProtocolError, match="longer than the protocol allows"):
+            await channel.send(numbered(3), bytes(MAX_BODY_BYTES + 1))
+
+        assert (await bob.got()).body == floats.tobytes()
+        assert (await bob.got()).body == b"abc"
 
 
 async def test_senders_who_wait_learn_that_the_channel_closed() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from relay.app import Relay
 from relay.settings import RelaySettings
-from shared.channel import Dialer, dialer
+from shared.channel import Dialer, dialer, relayed
 from shared.channel import channel as channel_file
 from shared.errors import ConnectionLost
 from shared.identity import Identity
@@ -103,7 +103,23 @@ async def test_a_peer_is_gone_when_no_relay_has_it() -> None:
             await ann.dialer.channel(bob.id)
 
 
-async def test_a_short_absence_from_the_relay_is_survived() -> None:
+async def test_a_relay_that_lost_the_peer_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells when a peer comes back to a relay: Bob's two connections are renewed in turn."""
+    monkeypatch.setattr(relayed, "ABSENT_S", 0.02)
+    relays = [EvilRelay(), EvilRelay()]
+    ann, bob, _, at_bob = both_at(relays)
+    async with ann.dialer, bob.dialer:
+        channel = await ann.dialer.channel(bob.id)
+        for number, lost in enumerate([0, 1, 0, 1]):
+            relays[lost].vanish(bob.id)
+            await channel.send(numbered(number))
+            assert (await bob.got()).number == number
+            relays[lost].connections[bob.id] = at_bob[lost]
+            await asyncio.sleep(0.05)
+
+
+async def test_a_short_absence_from_the_relay_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_file, "WATCHED", channel_file.WATCHED._replace(tick_s=0.02))
     ann, bob, [at_ann], _ = both_at([EvilRelay()])
     async with ann.dialer, bob.dialer:
         channel = await ann.dialer.channel(bob.id)
@@ -112,7 +128,7 @@ async def test_a_short_absence_from_the_relay_is_survived() -> None:
         with channel.watched():
             at_ann.set_connected(False)
             sending = asyncio.create_task(channel.send(numbered(1)))
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(0.5)
             at_ann.set_connected(True)
             await sending
 
