@@ -21,7 +21,9 @@ function speak() {
     timer = 0;
     return;
   }
-  announced.value = waiting.join(" ");
+  const words = waiting.join(" ");
+  // The same words again would be no change of the region, and nobody would hear them.
+  announced.value = words === announced.peek() ? `${words}\u00a0` : words;
   waiting = [];
   timer = setTimeout(speak, PAUSE_MS);
 }

@@ -57,8 +57,8 @@ async function answerLeaf(talk, model, parent) {
     for await (const chunk of streamAnswer(model, said, abort.signal)) take(chunk, message, record);
     message.state.value = "done";
   } catch (error) {
-    message.state.value = abort.signal.aborted ? "stopped" : "failed";
-    if (!abort.signal.aborted) fail(message, error);
+    if (abort.signal.aborted) message.state.value = "stopped";
+    else fail(message, error);
   } finally {
     message.numbers.value = record.end();
     running.value = null;
@@ -85,4 +85,5 @@ function fail(message, error) {
   lookAgain();
   if (!(error instanceof AskFailed)) console.error(error); // a mistake of ours; the reader still gets a sentence
   message.error.value = error instanceof Error ? error.message : String(error);
+  message.state.value = "failed";
 }

@@ -27,7 +27,7 @@ import { text } from "./words.js";
  * @property {{tokens?: TokenTrace[], event?: Reroute}} [swarm]
  */
 
-/** The answer failed; the message is a sentence for people. */
+/** The answer failed; the message says why, to people. */
 export class AskFailed extends Error {}
 
 /**
@@ -97,7 +97,7 @@ async function reach(call, signal) {
     return await call();
   } catch (error) {
     signal.throwIfAborted();
-    throw new AskFailed(text.gatewayGone);
+    throw new AskFailed(text.gatewayLost);
   }
 }
 
@@ -106,12 +106,11 @@ async function refusal(response) {
   try {
     return sentence((await response.json()).error.message);
   } catch {
-    return `The gateway answered with status ${response.status}.`;
+    return `the gateway answered with status ${response.status}.`;
   }
 }
 
 /** @param {string} message */
 function sentence(message) {
-  const full = message.charAt(0).toUpperCase() + message.slice(1);
-  return /[.!?…]$/.test(full) ? full : `${full}.`;
+  return /[.!?…]$/.test(message) ? message : `${message}.`;
 }

@@ -18,7 +18,7 @@ import { counted, duration, gapSentence, perSecond, text } from "./words.js";
 /** Nearer to the end than this, the view follows new words. */
 const NEAR_PX = 80;
 const SPEAK_EVERY_MS = 1000;
-const QUESTIONS = ["What is Corolla?", "How do I lend my machine?", "Tell me a short story."];
+const QUESTIONS = ["What is Corolla?", "How do I lend my machine?", "Can peers read my messages?"];
 
 export function ConversationView() {
   const messages = conversation.value.path.value;
@@ -119,7 +119,7 @@ function readAloud(message) {
     clearInterval(timer);
     speak(message.content.peek().length);
     if (state === "stopped") announce(text.stopped);
-    if (state === "failed") announce(`${text.failed}. ${message.error.peek()}`);
+    if (state === "failed") announce(`${failure(message)}: ${message.error.peek()}`);
   });
   return () => {
     clearInterval(timer);
@@ -140,9 +140,7 @@ function Ending({ message }) {
   const broken = state === "failed" || state === "stopped";
   return html`
     ${state === "failed" &&
-    html`<div class="failure" role="group" aria-label=${text.failed}>
-      <p><strong>${text.failed}.</strong> ${message.error.value}</p>
-    </div>`}
+    html`<p class="failure"><strong>${failure(message)}:</strong> ${message.error.value}</p>`}
     <footer>
       ${state === "stopped" && html`<span>${text.stopped}</span>`}
       ${numbers && html`<span>${numbers}</span>`}
@@ -151,6 +149,11 @@ function Ending({ message }) {
       html`<button type="button" class="quiet again" onClick=${() => tryAgain(message)}>${text.tryAgain}</button>`}
     </footer>
   `;
+}
+
+/** @param {Message} message */
+function failure(message) {
+  return message.content.peek() ? text.failed : text.refused;
 }
 
 /** @param {Message} message */

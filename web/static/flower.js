@@ -59,10 +59,11 @@ function petalsOf(coverage) {
   );
 }
 
-/** Wide enough that neighbours overlap a little. @param {number} count */
-function petalShape(count) {
-  const half = Math.min(38, 300 / count);
-  return `M0-15C${-half * 1.25}-34 ${-half * 1.2}-84 0-100 ${half * 1.2}-84 ${half * 1.25}-34 0-15Z`;
+/** Wide enough that neighbours overlap a little; round when there are few, pointed when there are many. */
+function petalShape(/** @type {number} */ count) {
+  const half = Math.min(46, 330 / count);
+  const shoulder = -98 + 22 * Math.min(1, Math.max(0, (count - 8) / 12));
+  return `M0-14C${-half * 1.2}-38 ${-half * 1.15} ${shoulder} 0-100 ${half * 1.15} ${shoulder} ${half * 1.2}-38 0-14Z`;
 }
 
 function stamens() {

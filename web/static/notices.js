@@ -1,7 +1,7 @@
 // What keeps the swarm from answering, in plain words, and what to do about it.
 import { CopyButton } from "./copy.js";
 import { html } from "./html.js";
-import { gatewayThere, lookAgain, swarm } from "./swarm.js";
+import { chosenModel, gatewayThere, lookAgain, swarm } from "./swarm.js";
 import { lendCommand, relayGone, text } from "./words.js";
 
 /** Banners under the header: the gateway or the relay is away. */
@@ -24,7 +24,8 @@ function notice() {
 export function LendAMachine() {
   const relay = swarm.value?.relay;
   if (!relay) return null;
-  const command = lendCommand(relay.url);
+  const model = chosenModel.value;
+  const command = lendCommand(relay.url, model?.model, model?.gaps[0]);
   return html`<div class="lend">
     <p>${text.lend}</p>
     <div class="command"><code>${command}</code><${CopyButton} text=${() => command} what="the command" /></div>

@@ -65,7 +65,7 @@ function SwarmState() {
 }
 
 function Announcer() {
-  return html`<div class="unseen" aria-live="polite" data-test="announcer">${announced.value}</div>`;
+  return html`<div class="unseen" aria-live="polite" data-testid="announcer">${announced.value}</div>`;
 }
 
 function startOver() {

@@ -13,7 +13,7 @@ import { counted, duration, layers, perSecond, text } from "./words.js";
 /** @typedef {import("./route.js").Lane} Lane */
 
 const AXIS_PX = 40;
-const LANE_PX = 54;
+const LANE_PX = 60;
 /** From the top of a lane to the middle of its bar. */
 const BAR_PX = 19;
 /** Room beside the track where the vine leaves you and comes home. */
@@ -22,6 +22,8 @@ const GUTTER_PX = 15;
 const LEAST_PETAL_PX = 5;
 const LEAST_MARK_PX = 26;
 const LEAST_COUNT_PX = 13;
+/** A narrower bar has its time beside it: below, the vine would run through the words. */
+const LEAST_TIMED_PX = 54;
 const SHORTEST_PULSE_MS = 260;
 const LONGEST_PULSE_MS = 1100;
 
@@ -71,7 +73,7 @@ function Numbers() {
     ["tokens", now?.tokens ? String(now.tokens) : "–"],
   ];
   return html`<dl class="numbers">
-    ${shown.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}
+    ${shown.map(([name, value]) => html`<div class=${value === "–" ? "none" : ""}><dt>${name}</dt><dd>${value}</dd></div>`)}
   </dl>`;
 }
 
@@ -84,7 +86,7 @@ function Drawing() {
   if (!model) return html`<p class="nothing">${text.noRoute}</p>`;
   const { lanes, left_out } = lanesOf(model, hops, lostHops.value);
   const sizes = { "--lane": `${LANE_PX}px`, "--axis": `${AXIS_PX}px`, "--bar": `${BAR_PX}px`, "--gutter": `${GUTTER_PX}px` };
-  return html`<figure class="drawing" style=${sizes} aria-label="Lanes of ${model.label}: one for each span of layers">
+  return html`<figure class="drawing ${hops.length ? "used" : ""}" style=${sizes} aria-label="Lanes of ${model.label}: one for each span of layers">
       <${Axis} model=${model} lanes=${lanes} width=${width} track=${track} />
       <ul class="lanes">
         ${lanes.map((lane) => html`<${LaneRow} key=${lane.key} lane=${lane} model=${model} width=${width} />`)}
@@ -131,11 +133,10 @@ function LaneRow({ lane, model, width }) {
   const place = { left: percent(lane.start, count), width: percent(lane.end - lane.start, count) };
   const inPetals = width / count >= LEAST_PETAL_PX;
   const all = Array.from({ length: lane.end - lane.start }, (_, index) => lane.start + index);
-  const time = lane.hop ? duration(lane.hop.computed_ms) : lane.kind === "lost" ? text.gone : "";
   return html`<li class="lane row ${lane.kind} ${lane.hop ? "lit" : ""}" data-peer=${lane.name}>
     <span class="who">
       <bdi class="name">${lane.name}</bdi>
-      <small>${aboutLane(lane)}</small>
+      ${aboutLane(lane).map((line) => html`<small>${line}</small>`)}
     </span>
     <span class="track">
       <span class="bar ${inPetals ? "petals" : "whole"}" style=${place}>
@@ -143,20 +144,29 @@ function LaneRow({ lane, model, width }) {
           ? all.map((layer) => html`<i style=${{ "--depth": depth(layer, count) }} />`)
           : html`<i style=${{ "--depth": depth((lane.start + lane.end - 1) / 2, count) }} />`}
       </span>
-      ${time && html`<span class="time" style=${{ left: percent((lane.start + lane.end) / 2, count) }}>${time}</span>`}
+      <${Time} lane=${lane} count=${count} width=${width} />
     </span>
   </li>`;
 }
 
-/** The second line of a lane: how the token came here, or else what the peer is. @param {Lane} lane */
-function aboutLane({ kind, start, end, hop, peer }) {
-  if (kind !== "peer") return layers(start, end);
-  if (hop) {
-    const link = hop.link_ms === undefined ? hop.path : `${hop.path} ${duration(hop.link_ms)}`;
-    return `${link}, waited ${duration(hop.waited_ms)}`;
+/** How long the computation took, under the bar or beside it. @param {{lane: Lane, count: number, width: number}} props */
+function Time({ lane, count, width }) {
+  const said = lane.hop ? duration(lane.hop.computed_ms) : lane.kind === "lost" ? text.gone : "";
+  if (!said) return null;
+  const middle = (lane.start + lane.end) / 2;
+  if (((lane.end - lane.start) / count) * width >= LEAST_TIMED_PX) {
+    return html`<span class="time below" style=${{ left: percent(middle, count) }}>${said}</span>`;
   }
-  const state = peer && peer.state !== "serving" ? peer.state : peer?.device;
-  return state ? `${layers(start, end)}, ${state}` : layers(start, end);
+  const side = middle < count / 2 ? { left: percent(lane.end, count) } : { right: percent(count - lane.start, count) };
+  return html`<span class="time beside" style=${side}>${said}</span>`;
+}
+
+/** Under a peer's name: how the token came here, or else what the peer is. @param {Lane} lane */
+function aboutLane({ kind, start, end, hop, peer }) {
+  if (kind !== "peer") return [layers(start, end)];
+  if (!hop) return [layers(start, end), peer && peer.state !== "serving" ? peer.state : (peer?.device ?? "")];
+  const link = hop.link_ms === undefined ? hop.path : `${hop.path}, ${duration(hop.link_ms)}`;
+  return [link, `waited ${duration(hop.waited_ms)}`];
 }
 
 /** @param {{model: import("./swarm.js").Choice, width: number, home: boolean}} props */
@@ -226,6 +236,7 @@ function diamond(x, y) {
 }
 
 function Legend() {
+  const local = latestToken.value?.hops.some((hop) => hop.path === "local");
   return html`<ul class="legend" aria-label="How a token travels">
     <li><svg viewBox="0 0 30 12" aria-hidden="true"><path class="stem direct" d="M1 6H29" /></svg>direct</li>
     <li>
@@ -234,6 +245,7 @@ function Legend() {
       /></svg>
       relayed
     </li>
+    ${local && html`<li><svg viewBox="0 0 30 12" aria-hidden="true"><path class="stem local" d="M1 6H29" /></svg>same machine (local)</li>`}
     <li class="spent">${spent()}</li>
   </ul>`;
 }
@@ -260,7 +272,7 @@ function Sentence() {
   if (!hops.length) return null;
   const sentence = routeSentence(hops);
   return html`<div class="sentence">
-    <p data-test="route-sentence">${sentence}</p>
+    <p data-testid="route-sentence">${sentence}</p>
     <${CopyButton} text=${() => routeSentence(latestToken.peek()?.hops ?? [])} what="the route" />
   </div>`;
 }

@@ -33,9 +33,17 @@ export function perSecond(rate) {
   return rate < 10 ? rate.toFixed(1) : rate.toFixed(0);
 }
 
-/** @param {string} relayUrl */
-export function lendCommand(relayUrl) {
-  return `python -m peer --relay ${relayUrl}`;
+/**
+ * What to type to serve a model's missing layers. The name comes from a stranger and the command is there to
+ * be pasted into a shell, so only a plain Hugging Face id is written into it.
+ * @param {string} relayUrl
+ * @param {string} [model]
+ * @param {number[]} [gap]
+ */
+export function lendCommand(relayUrl, model = "", gap) {
+  const from = /^\w[\w.-]*\/\w[\w.-]*$/.test(model) ? ` --model ${model}` : "";
+  const part = gap ? ` --layers ${gap[0]}:${gap[1]}` : "";
+  return `python -m peer --relay ${relayUrl}${from}${part}`;
 }
 
 export const text = {
@@ -63,11 +71,13 @@ export const text = {
   reading: "The peers are reading your message",
   stopped: "Stopped",
   failed: "The answer broke off",
-  brokeOff: "The gateway ended the answer before it was complete.",
+  refused: "No answer",
+  brokeOff: "the gateway ended the answer before it was complete.",
   gatewayGone: "The gateway does not answer. It may be starting again; the page keeps trying.",
+  gatewayLost: "the connection to the gateway broke.",
   connecting: "Looking for the swarm",
   nobody: "No one lends a machine yet.",
-  lend: "Lend one:",
+  lend: "Lend a machine:",
   notYet: "This waits until every layer has a peer.",
 
   route: "The route",
