@@ -373,7 +373,9 @@ class Channel:
                 log.exception("a message of %s met an error of ours", short(self.peer))
                 self.end("an error on this side", bye=True)
             else:
+                # Freed before the sender hears that there is room.
                 del arrived
+                self._inbound.handled()
                 self._credit_later()
 
     # ------------------------------------------------------------ the direct link

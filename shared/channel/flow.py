@@ -180,7 +180,7 @@ class Inbound:
         self._joiner = Joiner()
         self._early: dict[int, tuple[Header, bytes | memoryview, Path]] = {}
         self._early_bytes = 0
-        self._handled: Arrived | None = None
+        self._in_hand: Arrived | None = None
         self._sizes: deque[int] = deque()
         """The lengths of the frames after `_counted`."""
         self._counted = 0
@@ -202,15 +202,19 @@ class Inbound:
             self._keep_early(self.received + 1 + ahead, header, frame, path)
 
     def next(self) -> Arrived | None:
-        """The oldest message; the one given before it counts as consumed from now on."""
-        self._handled = self.inbox.popleft() if self.inbox else None
-        return self._handled
+        """The oldest message, for the handler; its memory stays the channel's until `handled`."""
+        self._in_hand = self.inbox.popleft() if self.inbox else None
+        return self._in_hand
+
+    def handled(self) -> None:
+        """The handler is done with the message that `next` gave: it counts as consumed."""
+        self._in_hand = None
 
     @property
     def consumed(self) -> int:
         """Every frame up to this one was used, and its memory is free or has been handed on."""
-        if self._handled is not None:
-            return self._handled.sequence - 1
+        if self._in_hand is not None:
+            return self._in_hand.sequence - 1
         return self.inbox[0].sequence - 1 if self.inbox else self.received
 
     def credit_due(self) -> bool:

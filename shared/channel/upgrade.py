@@ -91,7 +91,7 @@ class Upgrade:
             self._use(link)
             await link.lost.wait()
             return True
-        except (ConnectionLost, ProtocolError) as error:
+        except (ConnectionLost, ProtocolError, OSError) as error:
             log.info("attempt %d at a direct link: %s", self._attempt, error)
             return False
         finally:

@@ -16,6 +16,7 @@ from functools import partial
 
 import aioice.stun
 from aiortc import (
+    InvalidStateError,
     RTCCertificate,
     RTCDataChannel,
     RTCDataChannelParameters,
@@ -129,7 +130,7 @@ class DirectLink(Link):
                 await self._open(ice, dtls, candidates)
         except TimeoutError:
             raise ConnectionLost(f"no direct link in {OPEN_TIMEOUT_S:.0f} s") from None
-        except ConnectionError as error:
+        except (OSError, InvalidStateError) as error:
             raise ConnectionLost(f"the direct link was cut while it opened: {error}") from None
 
     async def _open(

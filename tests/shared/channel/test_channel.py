@@ -300,6 +300,17 @@ async def test_a_slow_handler_bounds_what_the_sender_may_send(direct: bool) -> N
         assert seen == list(range(200))
 
 
+async def test_all_credit_comes_back_soon_after_the_last_message() -> None:
+    async with ends(direct=False) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        await send_numbers(channel, range(100))
+        await expect_numbers(bob, range(100))
+        started = time.perf_counter()
+        await until(lambda: not channel._outbound.unconsumed)
+
+        assert time.perf_counter() - started < 0.5
+
+
 @pytest.mark.parametrize("direct", [False, True])
 async def test_tokens_pass_a_prefill(direct: bool) -> None:
     async with ends(direct=direct) as (ann, bob):

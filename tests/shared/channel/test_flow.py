@@ -31,6 +31,7 @@ def read_all(inbound: Inbound) -> list[int]:
     numbers = []
     while (arrived := inbound.next()) is not None:
         numbers.append(int(bytes(arrived.message.meta)))
+        inbound.handled()
     return numbers
 
 
