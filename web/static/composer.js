@@ -7,7 +7,7 @@ import { chosenModel, isCovered } from "./swarm.js";
 import { text } from "./words.js";
 
 const draft = signal("");
-/** @type {import("preact").RefObject<HTMLTextAreaElement>} */
+/** @type {import("preact").RefObject<HTMLTextAreaElement | null>} */
 const field = createRef();
 
 /** Put the cursor where the next question goes. */
@@ -24,7 +24,7 @@ export function send(question) {
 
 export function Composer() {
   const waits = chosenModel.value !== null && !isCovered(chosenModel.value);
-  const hint = waits ? text.notYet : answering.value ? text.hintAnswering : text.hint;
+  const news = waits ? text.notYet : answering.value ? text.hintAnswering : "";
   return html`<form class="composer" onSubmit=${submit}>
     <div class="writing">
       <label class="unseen" for="question">${text.composer}</label>
@@ -41,7 +41,7 @@ export function Composer() {
       />
       ${answering.value ? html`<${StopButton} />` : html`<${SendButton} />`}
     </div>
-    <p id="hint" class="hint"><span>${hint}</span><span>${text.readableShort}</span></p>
+    <p id="hint" class="hint"><span class=${news ? "" : "keys"}>${news || text.hint}</span><span>${text.readableShort}</span></p>
   </form>`;
 }
 

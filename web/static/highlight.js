@@ -49,6 +49,7 @@ export async function highlight(code, language) {
   const source = code.textContent ?? "";
   if (!file || source.length > MOST_CHARACTERS) return;
   const [{ default: core }, { default: grammar }] = await Promise.all([
+    // @ts-ignore - the import map of index.html says where this is
     import("highlight.js/core.js"),
     import(`highlight.js/${file}.js`),
   ]);

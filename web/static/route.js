@@ -85,7 +85,7 @@ export class RouteRecord {
     numbers.value = {
       tokens: this.#count,
       first_token_ms: this.#count ? this.#first - this.#asked : null,
-      tokens_per_s: this.#count > 1 ? (this.#count - 1) / ((this.#last - this.#first) / 1000) : null,
+      tokens_per_s: rate(this.#count - 1, this.#last - this.#first),
       mean: meanToken(this.#recent),
     };
   }
@@ -100,6 +100,15 @@ export function clearRoute() {
 }
 
 // ---------------------------------------------------------------- deciding
+
+/**
+ * Tokens a second, once that means something: a few tokens that came together have no speed.
+ * @param {number} tokens
+ * @param {number} ms
+ */
+function rate(tokens, ms) {
+  return ms >= SHOW_EVERY_MS ? (tokens / ms) * 1000 : null;
+}
 
 /**
  * How the time of one token was spent, on average.

@@ -99,7 +99,7 @@ function Drawing() {
     ${hops.length > 0 && html`<${Legend} />`}`;
 }
 
-/** @returns {[import("preact").RefObject<HTMLElement>, number]} */
+/** @returns {[import("preact").RefObject<HTMLElement | null>, number]} */
 function useWidth() {
   const element = useRef(/** @type {HTMLElement | null} */ (null));
   const [width, setWidth] = useState(0);
@@ -212,7 +212,7 @@ function Vine({ lanes, hops, count, width }) {
 
 /**
  * One pulse along the vine for a new token, as long as the token took; while one runs, others pass unseen.
- * @param {import("preact").RefObject<SVGPathElement>} path
+ * @param {import("preact").RefObject<SVGPathElement | null>} path
  * @param {import("./completions.js").TokenTrace | null} token
  */
 function usePulse(path, token) {
