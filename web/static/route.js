@@ -154,7 +154,7 @@ export function routeSentence(hops) {
  * @returns {{lanes: Lane[], left_out: number}}
  */
 export function lanesOf(model, hops, lost) {
-  const key = (/** @type {{peer: string, start: number}} */ span) => `${span.peer} ${span.start}`;
+  const key = (/** @type {{peer: string}} */ span) => span.peer; // a peer serves one span of an artefact
   /** @type {Map<string, Lane>} */
   const lanes = new Map();
   for (const peer of model.peers) {
