@@ -21,6 +21,7 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 
 
 def _variables(name: str) -> list[str]:
+    """The first that is set counts: one environment may serve several commands of the same machine."""
     return [f"COROLLA_RELAY_{name}", f"COROLLA_{name}"]
 
 
@@ -28,15 +29,26 @@ def _variables(name: str) -> list[str]:
 def relay(
     host: Annotated[
         str,
-        typer.Option(envvar=_variables("HOST"), help="Address to listen on; 0.0.0.0 lets other machines in."),
+        typer.Option(
+            show_envvar=False,
+            envvar=_variables("HOST"),
+            help="Address to listen on; 0.0.0.0 lets other machines in.",
+        ),
     ] = "127.0.0.1",
     port: Annotated[
         int,
-        typer.Option(envvar=_variables("PORT"), min=0, max=65535, help="TCP port; 0 takes a free one."),
+        typer.Option(
+            show_envvar=False,
+            envvar=_variables("PORT"),
+            min=0,
+            max=65535,
+            help="TCP port; 0 takes a free one.",
+        ),
     ] = 8787,
     name: Annotated[
         list[str] | None,
         typer.Option(
+            show_envvar=False,
             envvar=_variables("NAMES"),
             metavar="HOSTNAME",
             help="Host name that others dial, such as relay.example.org. May be given several times.",
@@ -45,17 +57,22 @@ def relay(
     origin: Annotated[
         list[str] | None,
         typer.Option(
+            show_envvar=False,
             envvar=_variables("ORIGINS"),
             metavar="ORIGIN",
             help="Web origin whose pages may connect, such as https://chat.example.org.",
         ),
     ] = None,
     stun: Annotated[
-        bool, typer.Option(envvar=_variables("STUN"), help="Answer STUN, so peers can find direct paths.")
+        bool,
+        typer.Option(
+            show_envvar=False, envvar=_variables("STUN"), help="Answer STUN, so peers can find direct paths."
+        ),
     ] = True,
     stun_port: Annotated[
         int | None,
         typer.Option(
+            show_envvar=False,
             envvar=_variables("STUN_PORT"),
             min=0,
             max=65535,
@@ -66,6 +83,7 @@ def relay(
     database: Annotated[
         Path | None,
         typer.Option(
+            show_envvar=False,
             envvar=_variables("DATABASE"),
             dir_okay=False,
             help="SQLite file that keeps the map of layers over a restart.",
@@ -77,7 +95,9 @@ def relay(
     """Start a relay: the place where peers and gateways meet.
 
     It knows who serves which layers and passes sealed messages between machines that have no direct path.
-    It needs no GPU and sees no prompts. Every option can also be set by its environment variable.
+    It needs no GPU and sees no prompts.
+
+    Every option can also be set in the environment, --stun-port by COROLLA_RELAY_STUN_PORT and so on.
     """
     configure_logs(log_level)
     settings = RelaySettings(

@@ -34,7 +34,7 @@ class SwarmPage:
         self._body = b""
         self._fresh_until = 0.0
 
-    async def __call__(self, request: web.Request) -> web.Response:
+    async def serve(self, request: web.Request) -> web.Response:
         started = time.monotonic()
         if started >= self._fresh_until:
             meeting = request.app[MEETING]

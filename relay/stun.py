@@ -60,7 +60,8 @@ async def stun_responder(host: str, port: int) -> AsyncIterator[int]:
         )
     except OSError as error:
         raise SettingsError(
-            f"cannot answer STUN on UDP {host}:{port}: {error.strerror or error}; choose another --stun-port"
+            f"cannot answer STUN on UDP {host}:{port}: {error.strerror or error};"
+            " is a relay running here already? Choose another --port or --stun-port"
         ) from None
     try:
         yield transport.get_extra_info("sockname")[1]
