@@ -33,7 +33,11 @@ def sign_announcement(identity: Identity, announcement: Announcement) -> SignedR
         raise ProtocolError(
             f"an announcement of {short(peer_id(announcement.peer))} needs that peer's own key"
         )
-    body = encode(announcement)
+    try:
+        body = encode(announcement)
+    except TypeError as error:
+        # A name from the command line may hold bytes that are no text.
+        raise ProtocolError(f"an announcement cannot be written down: {error}") from None
     _check_size(body)
     # Structs are not checked when they are built in Python; reading the text back is.
     _check_lease(decode(body, Announcement))

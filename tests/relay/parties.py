@@ -95,6 +95,11 @@ class Party:
     def watch(self, model: str | None = None) -> None:
         self.client.watch(self.heard.records.put_nowait, model)
 
+    async def hears(self, record: SignedRecord) -> None:
+        """Wait for a record, past others: a watcher may hear one twice."""
+        while await soon(self.heard.records) != record:
+            pass
+
 
 @asynccontextmanager
 async def party(relay: Relay, identity: Identity | None = None) -> AsyncIterator[Party]:
@@ -130,7 +135,7 @@ class Wire:
         """Wait for the relay to close the connection; returns the code it gave."""
         received = await asyncio.wait_for(self.socket.receive(), SOON_S)
         assert received.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED), received
-        return self.socket.close_code
+        return received.data if received.type is aiohttp.WSMsgType.CLOSE else self.socket.close_code
 
     async def login(self, host: str | None = None) -> None:
         """Answer the challenge as it should be, or for another host."""
