@@ -53,7 +53,7 @@ def answer(packet: bytes, host: str, port: int) -> bytes | None:
 
 @asynccontextmanager
 async def stun_responder(host: str, port: int) -> AsyncIterator[int]:
-    """Answer on UDP while the block lasts; gives the port. Raises SettingsError when it cannot be had."""
+    """Answer on UDP until the context ends; gives the port. Raises SettingsError when it cannot be had."""
     try:
         transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
             _Responder, local_addr=(host or "0.0.0.0", port)

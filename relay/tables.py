@@ -204,7 +204,7 @@ class WriteBehind:
 async def written_behind(
     path: Path, clock: Callable[[], float]
 ) -> AsyncIterator[tuple[WriteBehind, list[Entry]]]:
-    """Keep the map in `path` while the block lasts; gives the writer and what was there before."""
+    """Keep the map in `path` until the context ends; gives the writer and what was there before."""
     writer = WriteBehind(SpanTable(path), clock)
     entries = await writer.start()
     writing = asyncio.create_task(writer.run(), name="relay write-behind")

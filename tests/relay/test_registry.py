@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.registry import PAGE_BYTES, TOMBSTONE_S, Bucket, Entry, Registry, entry_of, pages
@@ -121,11 +121,13 @@ def held(entries: list[Entry]) -> set[str]:
     return {registry.get(peer).record.body for peer in (ANN.id, BOB.id, EVE.id) if registry.get(peer)}  # type: ignore[union-attr]
 
 
+@settings(deadline=None)
 @given(entries=some_entries, data=st.data())
 def test_relays_that_heard_the_same_hold_the_same(entries: list[Entry], data: st.DataObject) -> None:
     assert held(data.draw(st.permutations(entries + entries))) == held(entries)
 
 
+@settings(deadline=None)
 @given(entries=some_entries, later_s=st.floats(0, 500))
 def test_nothing_expired_or_withdrawn_is_ever_found(entries: list[Entry], later_s: float) -> None:
     registry = Registry(10)
@@ -139,6 +141,7 @@ def test_nothing_expired_or_withdrawn_is_ever_found(entries: list[Entry], later_
         assert found.announcement.state != "left"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=0, max_size=4000), max_size=40))
 def test_pages_hold_everything_and_fit_in_a_message(bodies: list[str]) -> None:
     records = [SignedRecord(body, "0" * 128) for body in bodies]

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.announcement import CLOCK_SKEW_S, MAX_LEASE_S, newer, read_announcement, sign_announcement
@@ -113,6 +113,7 @@ def test_a_signature_that_is_none_is_refused() -> None:
         read_announcement(SignedRecord(announced(ANN, NOW).body, "xyz"), NOW)
 
 
+@settings(deadline=None)
 @given(place=st.integers(0, 10_000), change=st.integers(1, 255), now=st.floats(0, 4e9))
 def test_a_changed_record_is_never_believed(place: int, change: int, now: float) -> None:
     record = announced(ANN, NOW)
@@ -127,6 +128,7 @@ def test_a_changed_record_is_never_believed(place: int, change: int, now: float)
         read_announcement(SignedRecord(text, signature.hex()), now)
 
 
+@settings(deadline=None)
 @given(body=st.text(), signature=st.text(alphabet="0123456789abcdef", max_size=130), now=st.floats())
 def test_reading_never_fails_in_any_other_way(body: str, signature: str, now: float) -> None:
     with pytest.raises(ProtocolError):
@@ -157,6 +159,7 @@ def test_a_record_without_a_sequence_is_refused() -> None:
         newer(signed_by(ANN, "{}"), announced(ANN, NOW))
 
 
+@settings(deadline=None)
 @given(records, records, records)
 def test_newer_is_a_choice_by_a_total_order(
     one: SignedRecord, two: SignedRecord, three: SignedRecord
@@ -166,6 +169,7 @@ def test_newer_is_a_choice_by_a_total_order(
     assert newer(newer(one, two), three) == newer(one, newer(two, three))
 
 
+@settings(deadline=None)
 @given(heard=st.lists(records, min_size=1, max_size=8), data=st.data())
 def test_order_repetition_and_partition_do_not_matter(heard: list[SignedRecord], data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(heard + heard))
@@ -175,6 +179,7 @@ def test_order_repetition_and_partition_do_not_matter(heard: list[SignedRecord],
     assert merged(heard) == merged(shuffled) == by_way_of_two_relays
 
 
+@settings(deadline=None)
 @given(heard=st.lists(records, min_size=2, max_size=8))
 def test_hearing_more_never_goes_back(heard: list[SignedRecord]) -> None:
     for count in range(1, len(heard)):

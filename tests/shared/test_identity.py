@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import BadSignature, ProtocolError, SettingsError
@@ -50,18 +50,21 @@ def test_a_text_that_is_no_id_is_refused(text: str) -> None:
         id_bytes(PeerId(text))
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_as_an_id(text: str) -> None:
     with pytest.raises(ProtocolError):
         id_bytes(PeerId(text))
 
 
+@settings(deadline=None)
 @given(payload=st.binary(max_size=100), signature=st.binary(max_size=70))
 def test_signatures_made_up_are_refused(payload: bytes, signature: bytes) -> None:
     with pytest.raises(BadSignature):
         verify(ANN.id, "corolla-test", payload, signature)
 
 
+@settings(deadline=None)
 @given(payload=st.binary(max_size=100), place=st.integers(0, 63), change=st.integers(1, 255))
 def test_a_signature_holds_for_one_payload_and_one_domain(payload: bytes, place: int, change: int) -> None:
     signature = ANN.sign("corolla-test", payload)
@@ -80,6 +83,7 @@ def test_a_signature_holds_for_one_payload_and_one_domain(payload: bytes, place:
             verify(peer, domain, what, by)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32))
 def test_keys_that_are_no_point_of_the_curve_are_refused(raw: bytes) -> None:
     with pytest.raises(BadSignature):

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ProtocolError
@@ -71,12 +71,14 @@ def read(data: bytes | str, kind: Any) -> None:  # noqa: ANN401
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@settings(deadline=None)
 @given(data=st.one_of(st.binary(max_size=300), st.text(max_size=300)))
 def test_any_bytes(kind: Any, data: bytes | str) -> None:  # noqa: ANN401
     read(data, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@settings(deadline=None)
 @given(message=st.one_of(almost_messages, values))
 def test_almost_any_message(kind: Any, message: Any) -> None:  # noqa: ANN401
     try:
@@ -86,6 +88,7 @@ def test_almost_any_message(kind: Any, message: Any) -> None:  # noqa: ANN401
     read(data, kind)
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     message=almost_messages,

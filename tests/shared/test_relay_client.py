@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shared.relay_client
@@ -344,6 +344,7 @@ async def test_a_lookup_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch)
 # ---------------------------------------------------------------- when to return
 
 
+@settings(deadline=None)
 @given(failures=st.integers(0, 10_000), chance=st.floats(0, 1, exclude_max=True))
 def test_retries_are_spread_and_bounded(failures: int, chance: float) -> None:
     longest_s = shared.relay_client.LONGEST_RETRY_S
