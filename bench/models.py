@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -15,9 +16,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def random_llama(directory: Path, **changes: int) -> Path:
     """A Llama of about 110 million parameters with random float32 weights, saved under `directory`.
 
-    `changes` replaces entries of the config. It gets the demo model's tokenizer, so that it can be chatted with.
+    `changes` replaces entries of the config. The tokenizer is the demo model's, so that one can chat with it.
     """
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 768,
         "intermediate_size": 2048,
         "num_hidden_layers": 12,
@@ -29,7 +30,8 @@ def random_llama(directory: Path, **changes: int) -> Path:
         "eos_token_id": None,
     }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**shape, **changes}), dtype=torch.float32)
+    config = LlamaConfig(**{**shape, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
     for name in TOKENIZER_FILES:
         source = Path(DEMO_MODEL) / name

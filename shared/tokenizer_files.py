@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template as they travel: small text files, packed in one body, named by a hash."""
+"""A tokenizer and chat template as they travel: small text files in one body, named by a hash."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 LAYERS = 6
 VOCABULARY = 128
 
-_SHAPE = {
+_SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -31,7 +32,7 @@ _SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
-_FALCON = {
+_FALCON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "num_hidden_layers": LAYERS,
@@ -58,7 +59,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
 def save_random(family: str, directory: Path, *, seed: int = 0) -> Path:
     """A model of the family with random weights, as a directory that `--model` takes."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        FAMILIES[family], dtype=torch.float32
+    )
     # Untrained weights give almost flat logits; larger ones make greedy choices clear and varied.
     with torch.no_grad():
         for weight in model.parameters():

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -139,7 +139,8 @@ def tokens(events: Sequence[Drawn | Rerouted]) -> list[int]:
 
 def reference(model: Path, prompt: Sequence[int], new: int) -> list[int]:
     """Greedy continuation by transformers on the whole model, in float32, never stopping early."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.eval()
     ids = torch.tensor([list(prompt)])
     whole.generation_config.eos_token_id = None
     made = whole.generate(
