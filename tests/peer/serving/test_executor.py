@@ -41,7 +41,7 @@ async def queued(executor: Executor, priority: int, function: Callable[[], objec
     """A call that waits for the thread."""
     before = executor.waiting
     task = asyncio.create_task(executor.run(priority, function))
-    while executor.waiting == before:
+    while executor.waiting == before:  # noqa: ASYNC110 - the task puts it there when it first runs
         await asyncio.sleep(0)
     return task
 
