@@ -16,6 +16,7 @@ from typing import Protocol, assert_never
 
 import msgspec
 
+from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 from peer.serving.compute import Computed, Draw, compute, row_bytes, wire_dtype
@@ -187,6 +188,9 @@ class HopSession:
             # Our memory of the session is not what the asker believes: ask for a replay, as if we were new.
             await self._report_lost(self._around.me)
             return
+        # With ours added they might be more than a message holds, and the next hop would hang up on us.
+        if len(step.hops) > self.open.index:
+            raise BadInputs(f"a step came with {len(step.hops)} hops, from only {self.open.index} before me")
         draw = self._draw(step) if self._next() is None and step.sample else None
         computed = await self._around.executor.run(
             DECODE if step.count == 1 else PREFILL,

@@ -520,6 +520,7 @@ async def test_a_step_beyond_what_is_here_asks_for_a_replay() -> None:
         (step(0, 2), ids_body([1])),
         (states_step(0, 1), bytes(HIDDEN * 4)),
         (step(0, 41), ids_body([1] * 41)),
+        (step(0, 1, hops=[Hop("f" * 64, 0, 1, 0, 0, "local")]), ids_body([1])),
     ],
 )
 async def test_a_wrong_step_ends_its_session_in_one_sentence_and_no_other(
@@ -543,6 +544,17 @@ async def test_a_wrong_step_ends_its_session_in_one_sentence_and_no_other(
         assert mallory.heard_nothing
         await ann.say(Grant(OTHER, 0, len(PROMPT) + NEW))
         assert first + await ann.hear_tokens(NEW - 2) == expected_tokens(tuple(PROMPT), NEW)
+
+
+async def test_a_step_with_more_hops_than_came_before_it_is_not_passed_on() -> None:
+    # With ours they might be more than a message may hold: the next hop would hang up on us.
+    hops = [Hop("f" * 64, 0, 1, 0, 0, "local")] * 512
+    async with house(span(2, 4)) as home:
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        await asker.opens(home.open(*MIDDLE))
+        await ann.say(states_step(0, 1, hops=hops), bytes(HIDDEN * 4))
+        assert "512 hops, from only 1 before me" in (await asker.hear(Failed)).message
+        assert eve.heard_nothing
 
 
 async def test_a_mistake_of_ours_ends_one_session_and_is_not_kept_quiet(
