@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -36,10 +37,11 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_bytes(text: str) -> int:
     """Read `6GB`, `500 MB` or a plain number of bytes. Raises SettingsError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?\s*", text.upper())
     if match is None:
         raise SettingsError(f"{text!r} is not a size: write for example 6GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    # A float would round what is over 2^53, and 2097.151 MB to a byte too few.
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def default_kv_bytes() -> int:
