@@ -67,6 +67,7 @@ class Peer:
         self.layer_count = 0
         self.service: Service | None = None
         self._progress = progress
+        self._unwanted = False
         self._offer: Offer | None = None
         self._state: PeerState = "joining"
         self._sequence = 0
@@ -82,7 +83,7 @@ class Peer:
             # Announced before it loads, so that two newcomers do not take the same gap.
             tasks = await stack.enter_async_context(Background())
             tasks.start(self._keep_announced())
-            span = await asyncio.to_thread(self._load, checkpoint)
+            span = await self._loaded(checkpoint)
             await stack.enter_async_context(self._serve(span))
             await self.announce("serving")
             self._stack = stack.pop_all()
@@ -91,8 +92,7 @@ class Peer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(ConnectionLost):
-            await self.announce("left")
+        await self.announce("left")
         await self._stack.__aexit__(kind, error, trace)
 
     async def drain(self, timeout_s: float = DRAIN_S) -> bool:
@@ -123,6 +123,13 @@ class Peer:
             max_sessions=self.settings.max_sessions,
         )
 
+    async def _loaded(self, checkpoint: Checkpoint) -> LoadedSpan:
+        try:
+            return await asyncio.to_thread(self._load, checkpoint)
+        except asyncio.CancelledError:
+            self._unwanted = True
+            raise
+
     def _load(self, checkpoint: Checkpoint) -> LoadedSpan:
         return LoadedSpan.load(
             checkpoint,
@@ -130,8 +137,15 @@ class Peer:
             self.layers.end,
             dtype=self.dtype,
             device=self.device,
-            progress=self._progress,
+            progress=self._report,
         )
+
+    def _report(self, done_bytes: int, total_bytes: int) -> None:
+        # A process waits for its threads when it ends, and many tensors or files may still be to come.
+        if self._unwanted:
+            raise asyncio.CancelledError
+        if self._progress is not None:
+            self._progress(done_bytes, total_bytes)
 
     def _serve(self, span: LoadedSpan) -> Service:
         assert self._offer is not None
@@ -143,7 +157,9 @@ class Peer:
     async def announce(self, state: PeerState) -> None:
         """Tell the swarm what this peer serves now."""
         self._state = state
-        await self.relay.announce(sign_announcement(self.identity, self._announcement()))
+        # A relay that is away hears it when the connection is back: the relay client says it again.
+        with contextlib.suppress(ConnectionLost):
+            await self.relay.announce(sign_announcement(self.identity, self._announcement()))
 
     def _announcement(self) -> Announcement:
         assert self._offer is not None
@@ -172,8 +188,7 @@ class Peer:
 
     async def _keep_announced(self) -> None:
         while True:
-            with contextlib.suppress(ConnectionLost):  # the relay client comes back and says it again
-                await self.announce(self._state)
+            await self.announce(self._state)
             await asyncio.sleep(RENEW_EVERY_S)
 
     # ------------------------------------------------------------ channels
@@ -199,7 +214,7 @@ def _device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype
         )
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # some devices hold tensors and no numbers
     except (RuntimeError, AssertionError):
         raise SettingsError(
             f"--device {device} is not on this machine; leave it out to take what is"
