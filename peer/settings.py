@@ -12,7 +12,7 @@ import msgspec
 
 from shared.errors import SettingsError
 
-DEMO_MODEL = str(Path(__file__).parent / "demo" / "model")
+DEMO_MODEL = str(Path(__file__).parent / "demo" / "corolla-demo")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
