@@ -126,8 +126,10 @@ class Peer:
     async def _loaded(self, checkpoint: Checkpoint) -> LoadedSpan:
         try:
             return await asyncio.to_thread(self._load, checkpoint)
-        except asyncio.CancelledError:
+        except BaseException:
             self._unwanted = True
+            # Else the others would hope for these layers until the announcement runs out.
+            await self.announce("left")
             raise
 
     def _load(self, checkpoint: Checkpoint) -> LoadedSpan:

@@ -250,7 +250,7 @@ async def test_a_device_that_is_not_here_is_told(swarm: Swarm, device: str) -> N
         Peer(settings(swarm, device=device), Identity.generate())
 
 
-async def test_layers_that_fail_to_load_leave_no_peer_behind(
+async def test_a_peer_whose_layers_fail_to_load_takes_its_announcement_back(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> LoadedSpan:
@@ -261,10 +261,10 @@ async def test_layers_that_fail_to_load_leave_no_peer_behind(
     with pytest.raises(ModelNotFound, match="a file is gone"):
         async with Peer(settings(swarm), identity):
             pass
-    await swarm.until(lambda: identity.id not in {live.peer for live in swarm.client.directory.live()})
+    await in_state(swarm, identity, "left")
 
 
-async def test_leaving_while_the_layers_load_reads_no_further_tensor(swarm: Swarm) -> None:
+async def test_leaving_while_the_layers_load_reads_no_further_tensor_and_is_told(swarm: Swarm) -> None:
     identity = Identity.generate()
     first, go_on = threading.Event(), threading.Event()
     told: list[int] = []
@@ -284,4 +284,4 @@ async def test_leaving_while_the_layers_load_reads_no_further_tensor(swarm: Swar
     # As the command does when it ends: it waits for its threads.
     await asyncio.get_running_loop().shutdown_default_executor()
     assert len(told) == 1
-    await swarm.until(lambda: identity.id not in {live.peer for live in swarm.client.directory.live()})
+    await in_state(swarm, identity, "left")
