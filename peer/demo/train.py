@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m peer.demo.train`, then once more with `--start-from peer/demo/corolla-demo`.
+"""Train the demo model: `python -m peer.demo.train`, then again with `--start-from peer/demo/corolla-demo`.
 
 The first run starts from nothing and learns to recite and which answer fits a question. The second one
 goes on from there with longer conversations, and learns to find its place in them.

@@ -55,6 +55,7 @@ class Inputs(msgspec.Struct, frozen=True):
     body: bytes | memoryview
     path: Path
     arrived: float
+    link_ms: float | None = None
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -63,6 +64,7 @@ class Arrival(msgspec.Struct, frozen=True):
     token: Token
     path: Path
     arrived: float
+    link_ms: float | None = None
 
 
 Item = Open | Inputs | Arrival | Grant
@@ -221,6 +223,7 @@ class HopSession:
             waited_ms=round(max(0.0, computed.started - inputs.arrived) * 1000, 3),
             computed_ms=round(computed.computed_ms, 3),
             path=inputs.path,
+            link_ms=inputs.link_ms,
         )
         if following is None:
             if computed.token is not None:
@@ -286,7 +289,7 @@ class HopSession:
             sample=True,
         )
         body = array("i", [held.token.token]).tobytes()
-        await self._step(Inputs(step, body, held.path, held.arrived))
+        await self._step(Inputs(step, body, held.path, held.arrived, held.link_ms))
 
     # ------------------------------------------------------------ sending
 

@@ -146,9 +146,9 @@ class Service:
             case Open():
                 await self._open(channel, message)
             case Step():
-                await self._step(channel, Inputs(message, body, path, arrived))
+                await self._step(channel, Inputs(message, body, path, arrived, _link_ms(channel)))
             case Token():
-                await self._token(channel, Arrival(message, path, arrived))
+                await self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
             case Grant():
                 if admitted := self._from_asker(channel, message.session):
                     await admitted.session.put(message)
@@ -304,6 +304,11 @@ class _Admitted:
         self.source: PeerId = session.asker.peer
         """Who may send it steps."""
         self.deadline = 0.0
+
+
+def _link_ms(channel: Channel) -> float | None:
+    """One way through the channel, taken as half of its round trip."""
+    return None if channel.rtt_ms is None else round(channel.rtt_ms / 2, 3)
 
 
 def _entry(opened: Open, me: PeerId) -> RouteSpan | None:
