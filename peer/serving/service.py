@@ -160,7 +160,8 @@ class Service:
                     self._end(session)
             case Lost(session=session):
                 # A later hop does not know the session; only the asker can mend that.
-                if (admitted := self._admitted.get(session)) and message.peer == channel.peer:
+                admitted = self._admitted.get(session)
+                if admitted and message.peer == channel.peer and admitted.session.visits(channel.peer):
                     await admitted.session.tell(message)
             case Fetch():
                 await self._hand_out(channel, message)

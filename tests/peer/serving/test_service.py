@@ -176,6 +176,25 @@ async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
         assert eve.heard_nothing
 
 
+async def test_a_replay_ends_at_a_next_hop_that_has_it_already() -> None:
+    states = expected_states(tuple(PROMPT), 2)
+    async with house(span(2, 4)) as home:
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        await asker.opens(home.open(*MIDDLE))
+        await ann.say(states_step(0, 8), states_body(states[:8]))
+        await eve.hear_step()
+
+        route = [*home.route(*MIDDLE[:2]), *home.route(MIDDLE[2], fresh=False)]
+        assert (await asker.opens(home.open(epoch=1, route=route, index=1))).position == 0
+        await ann.say(states_step(0, 8, epoch=1, replay=True), states_body(states[:8]))
+        await ann.say(states_step(8, 1, epoch=1, sample=True), states_body(states[8:]))
+
+        onward, last = await eve.hear_step()
+        assert (onward.position, onward.count, onward.replay) == (8, 1, False)
+        got = torch.frombuffer(bytearray(last), dtype=torch.float32).view(-1, HIDDEN)
+        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4)[8:], rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- admission
 
 
@@ -394,7 +413,9 @@ async def test_only_the_hop_itself_may_say_that_it_lost_the_session() -> None:
         asker, eve = home.party("asker"), home.party("eve")
         await asker.opens(home.open(*MIDDLE))
 
-        await home.party("mallory").say(Lost(SESSION, 0, eve.id))
+        mallory = home.party("mallory")
+        await mallory.say(Lost(SESSION, 0, eve.id))
+        await mallory.say(Lost(SESSION, 0, mallory.id))  # it has no part in the route
         assert asker.heard_nothing
         await eve.say(Lost(SESSION, 0, eve.id))
         assert await asker.hear(Lost) == Lost(SESSION, 0, eve.id)
@@ -685,6 +706,7 @@ async def test_the_askers_word_renews_a_lease_and_nobody_elses_does(clock: Clock
         clock.now += LEASE_S * 0.6
 
         await ended(home, 1)
+        assert home.service.session_count == 1
 
         await ann.say(Close(SESSION))  # it was bob's that ended
         assert home.service.session_count == 0
