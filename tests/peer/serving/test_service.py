@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from peer.serving.executor import DECODE
 from peer.serving.hop_session import INBOX_SIZE
+from peer.serving.service import MAX_REPLIES
 from shared.errors import ProtocolError
 from shared.identity import PeerId
 from shared.protocol import (
@@ -459,6 +460,18 @@ async def test_a_step_of_an_unknown_session_is_answered_lost() -> None:
         ann = home.party("ann")
         await ann.say(*PREFILL)
         assert await ann.hear(Lost) == Lost(SESSION, 0, home.me)
+
+
+async def test_who_asks_without_reading_holds_up_nobody_and_fills_no_memory() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        ann.pipe.reading.clear()
+        for _ in range(MAX_REPLIES):
+            await ann.say(*PREFILL)
+        await ann.say(Fetch(7, ARTEFACT))
+
+        assert home.service.dropped_replies == 1
+        await works(home, home.party("bob"))
 
 
 async def test_commands_for_unknown_sessions_are_no_trouble() -> None:
