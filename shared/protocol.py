@@ -29,6 +29,10 @@ MAX_RELAY_MESSAGE_BYTES = 96 * 1024
 MAX_META_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 256 * 1024 * 1024
 MAX_CONTEXT = 1 << 20
+PREFILL_CHUNK = 256
+"""Positions per step of a prompt or a replay: the next hop computes one while this one computes the next."""
+PREFILL_WINDOW = 4 * PREFILL_CHUNK
+"""Positions that a hop may have been sent beyond those that it has told to be `Consumed`."""
 
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=256)]
@@ -344,6 +348,18 @@ class Step(Struct, frozen=True, tag="step", kw_only=True):
     hops: Annotated[list[Hop], Meta(max_length=512)] = []
 
 
+class Consumed(Struct, frozen=True, tag="consumed"):
+    """Prompt or replay steps up to, not including, `position` are done: as many more may come.
+
+    From a hop to whoever feeds it, who may be `PREFILL_WINDOW` positions ahead of this and no more. So a long
+    prompt waits where it is, and not in a channel that others' tokens pass through.
+    """
+
+    session: SessionId
+    epoch: Count
+    position: Position
+
+
 class Token(Struct, frozen=True, tag="token"):
     """The token at `position`, from the last hop to the asker and to the first hop, with all its hops."""
 
@@ -407,7 +423,9 @@ class Files(Struct, frozen=True, tag="files"):
     sizes: Annotated[list[Count], Meta(max_length=16)]
 
 
-PeerMessage = Open | Opened | Decline | Step | Token | Grant | Renew | Close | Failed | Lost | Fetch | Files
+PeerMessage = (
+    Open | Opened | Decline | Step | Consumed | Token | Grant | Renew | Close | Failed | Lost | Fetch | Files
+)
 
 
 # ---------------------------------------------------------------- JSON

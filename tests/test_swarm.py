@@ -20,6 +20,7 @@ from shared.client.swarm_client import FETCH_TIMEOUT_S
 from shared.errors import Busy, NoRoute, ProtocolError, SessionFailed
 from shared.identity import Identity
 from shared.protocol import (
+    PREFILL_WINDOW,
     Announcement,
     Hop,
     Open,
@@ -85,6 +86,14 @@ async def test_a_prompt_of_several_chunks_is_answered_exactly(swarm: Swarm) -> N
     prompt = [random.Random(1).randrange(128) for _ in range(400)]
     answer = [event async for event in swarm.ask(prompt, new=8)]
     assert tokens(answer) == swarm.reference(prompt, new=8)
+
+
+async def test_a_prompt_longer_than_what_may_be_on_its_way_is_answered_exactly() -> None:
+    async with Swarm(Path(DEMO_MODEL)) as swarm:
+        await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+        prompt = [random.Random(2).randrange(2048) for _ in range(PREFILL_WINDOW + 700)]
+        answer = [event async for event in swarm.ask(prompt, new=8)]
+        assert tokens(answer) == swarm.reference(prompt, new=8)
 
 
 async def test_a_seed_gives_the_same_text_on_one_peer_and_on_three(swarm: Swarm) -> None:

@@ -24,6 +24,7 @@ from shared.errors import Busy, ConnectionLost, ProtocolError
 from shared.identity import PeerId, short
 from shared.protocol import (
     Close,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -125,6 +126,7 @@ class Service:
         """Askers whose ring passed through that channel learn of it at once."""
         for admitted in self._admitted.values():
             if admitted.session.uses(channel):
+                admitted.session.stir()
                 opened = admitted.session.open
                 lost = Lost(opened.session, opened.epoch, channel.peer)
                 self._tasks.start(admitted.session.tell(lost))
@@ -150,14 +152,17 @@ class Service:
         arrived = time.perf_counter()
         match message:
             case Open():
-                await self._open(channel, message)
+                self._open(channel, message)
             case Step():
-                await self._step(channel, Inputs(message, body, path, arrived, _link_ms(channel)))
+                self._step(channel, Inputs(message, body, path, arrived, _link_ms(channel), channel))
+            case Consumed(session=session):
+                if admitted := self._admitted.get(session):
+                    admitted.session.consumed(channel.peer, message)
             case Token():
-                await self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
+                self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
             case Grant():
                 if admitted := self._from_asker(channel, message.session):
-                    await admitted.session.put(message)
+                    admitted.session.put(message)
             case Renew(sessions=sessions):
                 for session in sessions:
                     self._from_asker(channel, session)
@@ -176,17 +181,17 @@ class Service:
             case _:
                 assert_never(message)
 
-    async def _step(self, channel: Channel, inputs: Inputs) -> None:
+    def _step(self, channel: Channel, inputs: Inputs) -> None:
         admitted = self._admitted.get(inputs.step.session)
         if admitted is None:
             self._reply(channel, Lost(inputs.step.session, inputs.step.epoch, self.me))
         elif channel.peer == admitted.source:
-            await admitted.session.put(inputs)
+            admitted.session.put(inputs)
 
-    async def _token(self, channel: Channel, arrival: Arrival) -> None:
+    def _token(self, channel: Channel, arrival: Arrival) -> None:
         admitted = self._admitted.get(arrival.token.session)
         if admitted is not None and channel.peer == admitted.session.open.route[-1].peer:
-            await admitted.session.put(arrival)
+            admitted.session.put(arrival)
 
     def _hand_out(self, channel: Channel, fetch: Fetch) -> None:
         if fetch.artefact != self._offer.artefact:
@@ -219,7 +224,7 @@ class Service:
 
     # ------------------------------------------------------------ admission
 
-    async def _open(self, channel: Channel, opened: Open) -> None:
+    def _open(self, channel: Channel, opened: Open) -> None:
         admitted = self._admitted.get(opened.session)
         if admitted is not None and opened.epoch <= admitted.session.epoch:
             return
@@ -230,10 +235,10 @@ class Service:
         if admitted is None:
             admitted = self._admit(channel, opened)
         admitted.session.asker = channel
-        admitted.session.epoch = opened.epoch
+        admitted.session.renew(opened.epoch)
         admitted.source = PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
         admitted.deadline = time.monotonic() + self._lease_s
-        await admitted.session.put(opened)
+        admitted.session.put(opened)
 
     def _refusal(self, channel: Channel, opened: Open) -> Decline | None:
         admitted = self._admitted.get(opened.session)

@@ -20,6 +20,7 @@ from shared.errors import ChannelClosed, ConnectionLost, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
 from shared.protocol import (
     Announcement,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -159,7 +160,7 @@ class SwarmClient:
 
     async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
         match message:
-            case Opened() | Decline() | Token() | Failed() | Lost():
+            case Opened() | Decline() | Consumed() | Token() | Failed() | Lost():
                 if generation := self._generations.get(message.session):
                     await generation.received(channel, message)
             case Files(request=request):

@@ -20,7 +20,9 @@ from peer.serving.service import MAX_REPLIES
 from shared.errors import ProtocolError
 from shared.identity import PeerId
 from shared.protocol import (
+    PREFILL_WINDOW,
     Close,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -34,6 +36,7 @@ from shared.protocol import (
     Renew,
     RouteSpan,
     Sampling,
+    Step,
     Token,
 )
 from shared.tokenizer_files import split_files
@@ -639,7 +642,7 @@ async def test_an_asker_that_is_gone_costs_no_other_session() -> None:
         await works(home, home.party("bob"))
 
 
-async def test_closing_frees_a_channel_that_waits_for_room_in_the_inbox() -> None:
+async def test_a_session_that_is_sent_more_than_it_takes_ends_and_holds_up_nobody() -> None:
     begun, release = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -653,17 +656,54 @@ async def test_closing_frees_a_channel_that_waits_for_room_in_the_inbox() -> Non
         busy = asyncio.create_task(home.service.executor.run(DECODE, hold))
         await asyncio.wait_for(begun.wait(), SOON_S)
         try:
-            # One is with the session's task, the inbox is full, and one waits.
-            says = [asyncio.create_task(ann.say(step(0, 1), ids_body([1]))) for _ in range(INBOX_SIZE + 2)]
-            await asyncio.wait_for(asyncio.gather(*says[:-1]), SOON_S)
-            assert not says[-1].done()
-
-            await ann.say(Close(SESSION))
-            await asyncio.wait_for(asyncio.gather(*says), SOON_S)
+            # One is with the session's task, and the inbox is full; none of them is waited for.
+            for _ in range(INBOX_SIZE + 2):
+                await ann.say(step(0, 1), ids_body([1]))
         finally:
             release.set()
             await busy
+        assert "more steps came" in (await ann.hear(Failed)).message
+        await ann.say(Close(SESSION))
         await works(home, ann)
+
+
+async def test_a_prompt_goes_no_further_than_the_next_hop_has_made_room_for() -> None:
+    window = CONTEXT // 4
+    states = torch.zeros(window, HIDDEN)
+    async with house(span(2, 4)) as home:
+        asker, bob, eve = home.party("asker"), home.party("bob"), home.party("eve")
+        route = (("bob", 0, 2), ("me", 2, 4), ("eve", 4, 6))
+        await asker.opens(home.open(*route, max_tokens=CONTEXT))
+
+        async def feed(epoch: int) -> None:
+            for position in range(0, CONTEXT, window):
+                told = step(position, window, shape=[window, HIDDEN], dtype="float32", epoch=epoch)
+                await bob.say(told, states_body(states))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("peer.serving.hop_session.PREFILL_WINDOW", window)
+            await feed(0)
+            assert (await eve.hear(Step)).position == 0
+            assert (await bob.hear(Consumed)).position == window
+            await eve.say(Consumed(SESSION, 0, window))
+            assert (await eve.hear(Step)).position == window
+            assert (await bob.hear(Consumed)).position == 2 * window
+            assert eve.heard_nothing and bob.makes_room.empty()
+
+            # A new epoch takes the place of what waits for the old one.
+            await asker.opens(home.open(*route, max_tokens=CONTEXT, epoch=1))
+            await feed(1)
+            assert (await eve.hear(Step)).epoch == 1
+        await asker.say(Close(SESSION))
+
+
+async def test_a_step_longer_than_any_window_is_refused() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(home.open())
+        await ann.say(step(0, PREFILL_WINDOW + 1), ids_body([1] * (PREFILL_WINDOW + 1)))
+        assert f"at most {PREFILL_WINDOW} positions" in (await ann.hear(Failed)).message
+        await ann.say(Close(SESSION))
 
 
 # ---------------------------------------------------------------- leases
