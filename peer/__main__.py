@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peer.lifecycle import Peer
-from peer.settings import DEMO_MODEL, PeerSettings, parse_bytes
+from peer.settings import DEMO_MODEL, PeerSettings
 from shared.errors import SettingsError
 from shared.identity import Identity, short
 from shared.logs import configure_logs
-from shared.settings import DEFAULT_RELAY, LogLevelOption, RelayOption, run_command
+from shared.settings import DEFAULT_RELAY, LogLevelOption, RelayOption, parse_bytes, run_command
 
 app = typer.Typer(add_completion=False)
 

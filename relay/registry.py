@@ -106,20 +106,3 @@ def pages(records: Iterable[SignedRecord]) -> Iterator[list[SignedRecord]]:
         page.append(record)
         size += length
     yield page
-
-
-class Bucket:
-    """A token bucket: `rate` tokens per second, `burst` at most."""
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._tokens = burst
-        self._filled_at = now
-
-    def take(self, now: float) -> float:
-        """Take one token; returns how many seconds to wait until it is really there."""
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
-        self._filled_at = now
-        self._tokens -= 1
-        return max(0.0, -self._tokens / self._rate)

@@ -162,12 +162,14 @@ class Gone(Struct, frozen=True, tag="gone"):
 class Denied(Struct, frozen=True, tag="denied"):
     """The relay understood a message and refuses it; the connection stays unless `fatal`.
 
-    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send.
+    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send. With
+    `retry_after_s`, the same may be asked again after that time.
     """
 
     reason: Text
     fatal: bool = False
     peer: Id | None = None
+    retry_after_s: Seconds = 0.0
 
 
 class Restarting(Struct, frozen=True, tag="restarting"):

@@ -6,6 +6,7 @@ A setting is taken from its flag, else from its environment variable, else from 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -27,6 +28,8 @@ LogLevelOption = Annotated[
     typer.Option("--log-level", envvar="COROLLA_LOG_LEVEL", help="debug, info, warning or error."),
 ]
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 
 def data_directory() -> Path:
     """Where keys and databases live: COROLLA_HOME, else this system's place for a program's data."""
@@ -37,6 +40,14 @@ def data_directory() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "corolla"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "corolla"
+
+
+def parse_bytes(text: str) -> int:
+    """Read `6GB`, `500 MB` or a plain number of bytes. Raises SettingsError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if match is None:
+        raise SettingsError(f"{text!r} is not a size: write for example 6GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def relay_url(text: str) -> URL:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.registry import PAGE_BYTES, TOMBSTONE_S, Bucket, Entry, Registry, entry_of, pages
+from relay.registry import PAGE_BYTES, TOMBSTONE_S, Entry, Registry, entry_of, pages
 from shared.announcement import read_announcement
 from shared.errors import Refused, StaleRecord
 from shared.identity import Identity
@@ -158,12 +158,3 @@ def test_the_longest_announcements_fit_in_a_message() -> None:
     record = announced(ANN, NOW, name='"' * 64, model='"' * 200, relays=["\\" * 200] * 4)
     for page in pages([record] * 200):
         assert len(encode(Found(request=1 << 53, records=page, more=True))) < MAX_RELAY_MESSAGE_BYTES
-
-
-def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
-    bucket = Bucket(rate=10, burst=3, now=0)
-
-    assert [bucket.take(0) for _ in range(3)] == [0, 0, 0]
-    assert bucket.take(0) == pytest.approx(0.1)
-    assert bucket.take(0.1) == pytest.approx(0.1)
-    assert bucket.take(10) == 0
