@@ -16,7 +16,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `python -m peer` can be told."""
 
-    relay: str
+    relays: tuple[str, ...]
     model: str = DEMO_MODEL
     layers: str = "all"
     name: str = ""
