@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 
 from relay.app import Relay
+from relay.garbage import collect_seldom
 from relay.settings import UNLIMITED, Rate, RelaySettings
+from shared.background import Background
 from shared.logs import configure_logs
 from shared.settings import LogLevelOption, data_directory, parse_bytes, run_command
 
@@ -226,9 +228,10 @@ def relay(
 async def _run(settings: RelaySettings) -> None:
     stopped = asyncio.Event()
     _on_stop_signals(stopped)
-    async with Relay(settings) as running:
+    async with Relay(settings) as running, Background() as tasks:
         stun = f", STUN on UDP {running.stun_port}" if running.stun_port else ""
         Console(soft_wrap=True).print(f"Relay at {running.url}{stun}", markup=False, highlight=False)
+        tasks.start(collect_seldom(running.meeting))
         await stopped.wait()
 
 

@@ -22,7 +22,7 @@ TOMBSTONE_S = MAX_LEASE_S + CLOCK_SKEW_S
 PAGE_BYTES = 48 * 1024
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """The newest announcement of a peer, and until when it must not be forgotten."""
 
     announcement: Announcement

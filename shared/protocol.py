@@ -51,14 +51,14 @@ PeerState = Literal["joining", "serving", "draining", "left"]
 # ---------------------------------------------------------------- signed records
 
 
-class SignedRecord(Struct, frozen=True):
+class SignedRecord(Struct, frozen=True, gc=False):
     """A JSON text and its signature. The text is kept as it was signed, so nobody has to re-create it."""
 
     body: Annotated[str, Meta(max_length=8192)]
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
 
 
-class Announcement(Struct, frozen=True, kw_only=True):
+class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     """What a peer says of itself. The newest valid one per peer wins; `left` withdraws it."""
 
     peer: Id
