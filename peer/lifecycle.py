@@ -71,6 +71,7 @@ class Peer:
         self.layer_count = 0
         self.service: Service | None = None
         self._progress = progress
+        self._unwanted = False
         self._offer: Offer | None = None
         self._state: PeerState = "joining"
         self._sequence = 0
@@ -86,7 +87,7 @@ class Peer:
             # Announced before it loads, so that two newcomers do not take the same gap.
             tasks = await stack.enter_async_context(Background())
             tasks.start(self._keep_announced())
-            span = await asyncio.to_thread(self._load, checkpoint)
+            span = await self._loaded(checkpoint)
             await stack.enter_async_context(self._serve(span))
             await self.announce("serving")
             self._stack = stack.pop_all()
@@ -126,6 +127,15 @@ class Peer:
             max_sessions=self.settings.max_sessions,
         )
 
+    async def _loaded(self, checkpoint: Checkpoint) -> LoadedSpan:
+        try:
+            return await asyncio.to_thread(self._load, checkpoint)
+        except BaseException:
+            self._unwanted = True
+            # Else the others would hope for these layers until the announcement runs out.
+            await self.announce("left")
+            raise
+
     def _load(self, checkpoint: Checkpoint) -> LoadedSpan:
         return LoadedSpan.load(
             checkpoint,
@@ -133,8 +143,15 @@ class Peer:
             self.layers.end,
             dtype=self.dtype,
             device=self.device,
-            progress=self._progress,
+            progress=self._report,
         )
+
+    def _report(self, done_bytes: int, total_bytes: int) -> None:
+        # A process waits for its threads when it ends, and many tensors or files may still be to come.
+        if self._unwanted:
+            raise asyncio.CancelledError
+        if self._progress is not None:
+            self._progress(done_bytes, total_bytes)
 
     def _serve(self, span: LoadedSpan) -> Service:
         assert self._offer is not None
@@ -202,7 +219,7 @@ def _device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype
         )
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # some devices hold tensors and no numbers
     except (RuntimeError, AssertionError):
         raise SettingsError(
             f"--device {device} is not on this machine; leave it out to take what is"

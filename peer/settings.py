@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-DEMO_MODEL = str(Path(__file__).parent / "demo" / "model")
+DEMO_MODEL = str(Path(__file__).parent / "demo" / "corolla-demo")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -283,6 +283,8 @@ class Hop(Struct, frozen=True):
     computed_ms: Milliseconds
     path: Path
     """What carried the inputs here."""
+    link_ms: Milliseconds | None = None
+    """Half the measured round trip of what carried them; None while unmeasured, or when nothing did."""
 
 
 class Open(Struct, frozen=True, tag="open", kw_only=True):

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -56,10 +57,11 @@ def data_directory() -> Path:
 
 def parse_bytes(text: str) -> int:
     """Read `6GB`, `500 MB` or a plain number of bytes. Raises SettingsError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?\s*", text.upper())
     if match is None:
         raise SettingsError(f"{text!r} is not a size: write for example 6GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    # A float would round what is over 2^53, and 2097.151 MB to a byte too few.
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def relay_url(text: str) -> URL:

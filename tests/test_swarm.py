@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from peer.settings import DEMO_MODEL
+from shared.announcement import sign_announcement
+from shared.channel import Channel, Dialer
 from shared.client.session import Drawn, Rerouted
-from shared.errors import Busy, NoRoute, SessionFailed
-from shared.protocol import Hop, Sampling
+from shared.client.swarm_client import FETCH_TIMEOUT_S
+from shared.errors import Busy, NoRoute, ProtocolError, SessionFailed
+from shared.identity import Identity
+from shared.protocol import Announcement, Hop, PeerMessage, Sampling
+from shared.protocol import Path as ChannelPath
+from shared.relay_client import RelayClient
 from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, tokens
 
@@ -51,6 +60,13 @@ async def test_each_token_tells_the_hops_that_made_it(swarm: Swarm) -> None:
         ]
         assert all(hop.computed_ms > 0 and hop.path in ("direct", "relayed") for hop in drawn.hops)
     assert [drawn.position for drawn in answer if isinstance(drawn, Drawn)] == [9, 10, 11, 12, 13]
+
+
+async def test_hops_tell_how_long_the_way_to_them_is_once_it_was_measured(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    answer = [event async for event in swarm.ask(PROMPT, new=LONG)]
+    links = [hop.link_ms for event in answer for hop in _hops(event)]
+    assert any(link is not None and link > 0 for link in links)
 
 
 async def test_a_prompt_of_several_chunks_is_answered_exactly(swarm: Swarm) -> None:
@@ -179,6 +195,37 @@ async def test_it_also_works_when_no_direct_path_opens(llama: Path) -> None:
         answer = [event async for event in swarm.ask(PROMPT, new=10)]
         assert tokens(answer) == swarm.reference(PROMPT, new=10)
         assert {hop.path for event in answer for hop in _hops(event)} == {"relayed"}
+
+
+async def test_a_peer_that_hangs_up_does_not_hold_up_the_tokenizer() -> None:
+    async with Swarm(Path(DEMO_MODEL)) as swarm:
+        ann = await swarm.start_one("ann", "all")
+        announced = swarm.client.directory.get(ann.identity.id)
+        assert announced is not None
+        await swarm.stop("ann")
+        async with _hangs_up(swarm, announced):
+            ann = await swarm.start_one("ann", "all")
+
+            async with asyncio.timeout(FETCH_TIMEOUT_S / 2):
+                files = await swarm.client.fetch_files(ann.artefact)
+
+    assert files["tokenizer.json"] == (Path(DEMO_MODEL) / "tokenizer.json").read_bytes()
+
+
+@asynccontextmanager
+async def _hangs_up(swarm: Swarm, like: Announcement) -> AsyncGenerator[None]:
+    """A participant that announces the same as another, and closes every channel at its first message."""
+    identity = Identity.generate()
+
+    async def hang_up(channel: Channel, message: PeerMessage, body: memoryview, path: ChannelPath) -> None:
+        raise ProtocolError("not now")
+
+    relay = RelayClient(swarm.relay.url, identity)
+    async with relay, Dialer(identity, relay, hang_up):
+        same = msgspec.structs.replace(like, peer=identity.id, name="max", state="serving")
+        await relay.announce(sign_announcement(identity, same))
+        await swarm.until(lambda: swarm.client.directory.get(identity.id) is not None)
+        yield
 
 
 def _hops(event: Drawn | Rerouted) -> list[Hop]:

@@ -63,6 +63,7 @@ def _hop_view(hop: Hop, directory: Directory) -> Json:
         "waited_ms": round(hop.waited_ms, 3),
         "computed_ms": round(hop.computed_ms, 3),
         "path": hop.path,
+        **({} if hop.link_ms is None else {"link_ms": round(hop.link_ms, 3)}),
     }
 
 

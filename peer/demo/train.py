@@ -1,4 +1,7 @@
-"""Train the demo model from nothing: `python -m peer.demo.train [--out DIR] [--steps N]`.
+"""Train the demo model: `python -m peer.demo.train`, then again with `--start-from peer/demo/corolla-demo`.
+
+The first run starts from nothing and learns to recite and which answer fits a question. The second one
+goes on from there with longer conversations, and learns to find its place in them.
 
 Reads conversations/ and writes a folder that plain transformers loads: tokenizer, chat template, weights.
 The same machine, thread count and library versions give the same weights; other processors round
@@ -9,7 +12,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from peer.demo.topics import Message, Text, compose, read_text
 
-MODEL = Path(__file__).parent / "model"
+MODEL = Path(__file__).parent / "corolla-demo"
 PAD, BEGIN, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = [
     "<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",
 ]  # fmt: skip
@@ -43,15 +46,29 @@ CHAT_TEMPLATE = """\
 """
 VOCABULARY = 2048
 MAX_POSITIONS = 2048
-# A step is a batch of conversations, in so many rows of such a length, and a batch of drills.
-ROWS = ((3, 256), (1, 512), (3, 256), (1, 512), (1, 1024))
-DRILLS, DRILL_TOKENS, DRILL_ANSWER_TOKENS = 48, 32, 6
-PEAK_RATE, LAST_RATE, WARMUP_STEPS = 2e-3, 1e-4, 60
+DRILL_TOKENS, DRILL_ANSWER_TOKENS = 32, 6
+LAST_RATE, WARMUP_STEPS = 1e-4, 60
 # A user's token is now and then another one: the answer should hang on no single word of the question.
 NOISE = 0.03
 IGNORED = -100
 # Tokens and targets.
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run's recipe. A step is conversations, in so many rows of such a length, and drills."""
+
+    steps: int
+    peak_rate: float
+    rows: tuple[tuple[int, int], ...]
+    drills: int
+    # How much the first tokens of the answers in conversations count on top of the mean.
+    stress: float
+
+
+FROM_NOTHING = Phase(1500, 2e-3, ((3, 256), (1, 512), (3, 256), (1, 512), (1, 1024)), drills=48, stress=0)
+GOING_ON = Phase(500, 8e-4, ((8, 256), (4, 512), (8, 256), (4, 512), (2, 1024)), drills=16, stress=2)
 
 
 @dataclass(frozen=True)
@@ -146,61 +163,72 @@ def drills(tokenizer: Tokenizer, text: Text, rng: random.Random) -> Iterator[Row
         yield Row(row.tokens[:begun] + [pad] * room, row.targets[: begun - 1] + [IGNORED] * (room + 1))
 
 
-def batches(tokenizer: Tokenizer, text: Text, rng: random.Random) -> Iterator[list[Batch]]:
+def batches(tokenizer: Tokenizer, text: Text, rng: random.Random, phase: Phase) -> Iterator[list[Batch]]:
     """For one step after another: a batch of conversations and one of drills."""
     drill_rows = drills(tokenizer, text, rng)
-    rows_of = {length: conversations(tokenizer, text, rng, length) for _, length in ROWS}
-    for count, length in itertools.cycle(ROWS):
+    rows_of = {length: conversations(tokenizer, text, rng, length) for _, length in phase.rows}
+    for count, length in itertools.cycle(phase.rows):
         rows = [next(rows_of[length]) for _ in range(count)]
-        yield [_batch(rows), _batch([next(drill_rows) for _ in range(DRILLS)])]
+        yield [_batch(rows), _batch([next(drill_rows) for _ in range(phase.drills)])]
 
 
 def _batch(rows: list[Row]) -> Batch:
     return torch.tensor([row.tokens for row in rows]), torch.tensor([row.targets for row in rows])
 
 
-def rate_at(step: int, steps: int) -> float:
+def rate_at(step: int, phase: Phase) -> float:
     """Warm up in a straight line, then a cosine down to the last rate."""
     if step < WARMUP_STEPS:
-        return PEAK_RATE * (step + 1) / WARMUP_STEPS
-    done = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
-    return LAST_RATE + (PEAK_RATE - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return phase.peak_rate * (step + 1) / WARMUP_STEPS
+    done = (step - WARMUP_STEPS) / max(1, phase.steps - WARMUP_STEPS)
+    return LAST_RATE + (phase.peak_rate - LAST_RATE) * (1 + math.cos(math.pi * done)) / 2
 
 
-def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, targets: torch.Tensor, low: bool) -> torch.Tensor:
-    """Mean loss over what the assistant says; the head runs for those positions only."""
+def openings_of(spoken: torch.Tensor) -> torch.Tensor:
+    """The first tokens of each answer, out of all that the assistant speaks."""
+    starts = spoken.clone()
+    starts[:, 1:] &= ~spoken[:, :-1]
+    openings = starts.clone()
+    for later in range(1, DRILL_ANSWER_TOKENS):
+        openings[:, later:] |= starts[:, :-later]
+    return openings & spoken
+
+
+def losses_of(model: LlamaForCausalLM, batch: Batch, float32: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss over what the assistant says, and over its openings; the head runs for these only."""
+    tokens, targets = batch
     spoken = targets != IGNORED
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not float32):
         hidden_states = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden_states[spoken])
-    return functional.cross_entropy(logits.float(), targets[spoken])
+        logits = model.lm_head(hidden_states[spoken]).float()
+    each = functional.cross_entropy(logits, targets[spoken], reduction="none")
+    return each.mean(), each[openings_of(spoken)[spoken]].mean()
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, text: Text, seed: int, steps: int, low: bool
+    model: LlamaForCausalLM, tokenizer: Tokenizer, text: Text, seed: int, phase: Phase, float32: bool
 ) -> float:
-    """AdamW over endless conversations, with a bar on screen. Returns the loss of the last steps."""
+    """AdamW over endless conversations, with a bar on screen. Returns the smoothed loss of the last steps."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    source = batches(tokenizer, text, random.Random(seed))
+    source = batches(tokenizer, text, random.Random(seed), phase)
     smooth = math.log(VOCABULARY)
     with Progress("loss {task.fields[loss]:.3f}", *Progress.get_default_columns()) as progress:
-        bar = progress.add_task("train", total=steps, loss=smooth)
-        for step in range(steps):
+        bar = progress.add_task("train", total=phase.steps, loss=smooth)
+        for step in range(phase.steps):
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, steps)
-            losses = [loss_of(model, *batch, low) for batch in next(source)]
-            loss = torch.stack(losses).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+                group["lr"] = rate_at(step, phase)
+            talk, drill = next(source)
+            said, opened = losses_of(model, talk, float32)
+            drilled, _ = losses_of(model, drill, float32)
+            ((said + drilled) / 2 + phase.stress * opened).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            smooth += (loss.item() - smooth) * (0.02 if step > 50 else 0.2)
+            smooth += (((said + drilled) / 2).item() - smooth) * (0.02 if step > 50 else 0.2)
             progress.update(bar, advance=1, loss=smooth)
             if step % 100 == 99:
-                said, drilled = (part.item() for part in losses)
-                progress.console.print(
-                    f"step {step + 1}: loss {smooth:.3f} (conversations {said:.3f}, drills {drilled:.3f})"
-                )
+                parts = f"conversations {said:.3f}, their openings {opened:.3f}, drills {drilled:.3f}"
+                progress.console.print(f"step {step + 1}: loss {smooth:.3f} ({parts})")
     return smooth
 
 
@@ -217,9 +245,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the trained files.")] = MODEL,
-    steps: Annotated[int, typer.Option(help="Steps of about 2250 tokens.")] = 1500,
+    start_from: Annotated[Path | None, typer.Option(help="Go on from a trained folder.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Instead of the phase's own number.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other weights.")] = 1,
-    threads: Annotated[int, typer.Option(help="Processor threads; another count may round differently.")] = 2,
+    threads: Annotated[int, typer.Option(help="Another count may round differently.")] = 1,
     float32: Annotated[bool, typer.Option(help="For processors without bfloat16 arithmetic.")] = False,
 ) -> None:
     """Train the demo model and write it to a folder."""
@@ -227,11 +256,19 @@ def main(
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
     text = read_text()
-    tokenizer = train_tokenizer(text, random.Random(seed))
-    model = new_model()
-    loss = train(model, tokenizer.backend_tokenizer, text, seed, steps, low=not float32)
+    if start_from:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start_from)
+        model = LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32)
+        phase = GOING_ON
+        seed += 1  # other conversations than those of the first run
+    else:
+        tokenizer = train_tokenizer(text, random.Random(seed))
+        model = new_model()
+        phase = FROM_NOTHING
+    phase = replace(phase, steps=steps or phase.steps)
+    loss = train(model, tokenizer.backend_tokenizer, text, seed, phase, float32)
     save(model, tokenizer, out)
-    print(f"{out}: loss {loss:.4f} after {steps} steps")
+    print(f"{out}: loss {loss:.4f} after {phase.steps} steps")
 
 
 if __name__ == "__main__":

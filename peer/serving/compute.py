@@ -15,6 +15,7 @@ from peer.model.kv_cache import KVCache
 from peer.model.sampling import sample
 from peer.model.span import Span
 from shared.protocol import Sampling, Step, Tensor, WireDtype
+from shared.tensors import tensor_bytes
 
 _FROM_WIRE: dict[WireDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -74,8 +75,7 @@ def wire_dtype(span: Span) -> WireDtype:
 def _inputs(step: Step, body: bytes | memoryview) -> torch.Tensor:
     """[1, count] token ids or [1, count, hidden] hidden states; the span checks that they fit it."""
     dtype = _FROM_WIRE[step.tensor.dtype]
-    size_bytes = int(np.prod(step.tensor.shape)) * dtype.itemsize
-    if step.tensor.shape[:1] != [step.count] or len(body) != size_bytes:
+    if step.tensor.shape[:1] != [step.count] or not len(body) or len(body) != tensor_bytes(step.tensor):
         raise BadInputs(
             f"{len(body)} bytes of {step.tensor.dtype} {step.tensor.shape} are not {step.count} positions"
         )

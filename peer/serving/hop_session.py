@@ -16,6 +16,7 @@ from typing import Protocol, assert_never
 
 import msgspec
 
+from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 from peer.serving.compute import Computed, Draw, compute, row_bytes, wire_dtype
@@ -54,6 +55,7 @@ class Inputs(msgspec.Struct, frozen=True):
     body: bytes | memoryview
     path: Path
     arrived: float
+    link_ms: float | None = None
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -62,6 +64,7 @@ class Arrival(msgspec.Struct, frozen=True):
     token: Token
     path: Path
     arrived: float
+    link_ms: float | None = None
 
 
 Item = Open | Inputs | Arrival | Grant
@@ -187,6 +190,9 @@ class HopSession:
             # Our memory of the session is not what the asker believes: ask for a replay, as if we were new.
             await self._report_lost(self._around.me)
             return
+        # With ours added they might be more than a message holds, and the next hop would hang up on us.
+        if len(step.hops) > self.open.index:
+            raise BadInputs(f"a step came with {len(step.hops)} hops, from only {self.open.index} before me")
         draw = self._draw(step) if self._next() is None and step.sample else None
         computed = await self._around.executor.run(
             DECODE if step.count == 1 else PREFILL,
@@ -217,6 +223,7 @@ class HopSession:
             waited_ms=round(max(0.0, computed.started - inputs.arrived) * 1000, 3),
             computed_ms=round(computed.computed_ms, 3),
             path=inputs.path,
+            link_ms=inputs.link_ms,
         )
         if following is None:
             if computed.token is not None:
@@ -282,7 +289,7 @@ class HopSession:
             sample=True,
         )
         body = array("i", [held.token.token]).tobytes()
-        await self._step(Inputs(step, body, held.path, held.arrived))
+        await self._step(Inputs(step, body, held.path, held.arrived, held.link_ms))
 
     # ------------------------------------------------------------ sending
 

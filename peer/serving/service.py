@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Literal, Self, assert_never
@@ -146,9 +146,9 @@ class Service:
             case Open():
                 await self._open(channel, message)
             case Step():
-                await self._step(channel, Inputs(message, body, path, arrived))
+                await self._step(channel, Inputs(message, body, path, arrived, _link_ms(channel)))
             case Token():
-                await self._token(channel, Arrival(message, path, arrived))
+                await self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
             case Grant():
                 if admitted := self._from_asker(channel, message.session):
                     await admitted.session.put(message)
@@ -215,6 +215,17 @@ class Service:
             )
         if opened.artefact != self._offer.artefact:
             return _decline(opened, "artefact", "this peer serves other weights")
+        if not _covers(opened.route, self.span.layer_count):
+            return _decline(
+                opened, "invalid", f"the route does not lead once through all {self.span.layer_count} layers"
+            )
+        if max(opened.history, default=0) >= self.span.vocab_size:
+            return _decline(
+                opened, "invalid", f"the history leaves this model's vocabulary of {self.span.vocab_size}"
+            )
+        # A cache keeps the capacity it was made with, so a smaller reservation would lend memory uncounted.
+        if admitted is not None and admitted.session.open.max_tokens != opened.max_tokens:
+            return _decline(opened, "invalid", "a session keeps the max_tokens that it was opened with")
         if not self.span.start <= mine.start < mine.end <= self.span.end:
             return _decline(opened, "layers", f"this peer serves layers {self.span.start}–{self.span.end}")
         if opened.max_tokens > self._offer.context_length:
@@ -295,10 +306,25 @@ class _Admitted:
         self.deadline = 0.0
 
 
+def _link_ms(channel: Channel) -> float | None:
+    """One way through the channel, taken as half of its round trip."""
+    return None if channel.rtt_ms is None else round(channel.rtt_ms / 2, 3)
+
+
 def _entry(opened: Open, me: PeerId) -> RouteSpan | None:
     if opened.index >= len(opened.route) or opened.route[opened.index].peer != me:
         return None
     return opened.route[opened.index]
+
+
+def _covers(route: Sequence[RouteSpan], layer_count: int) -> bool:
+    """True when the entries follow one another from the first layer to the last."""
+    reached = 0
+    for entry in route:
+        if entry.start != reached or entry.end <= entry.start:
+            return False
+        reached = entry.end
+    return reached == layer_count
 
 
 def _decline(

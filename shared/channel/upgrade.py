@@ -18,7 +18,7 @@ from shared.protocol import Describe
 log = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
-# Nearly all pairs that can connect do so at the first try (97.6 % in the study of reference/wire.md §4).
+# Nearly all pairs that can connect do so at the first try: 97.6 % of 4.4 million (arXiv 2510.27500).
 RETRY_S = 60.0
 # A link that worked once will likely work again.
 RETRY_LOST_S = 10.0

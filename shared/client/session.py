@@ -238,10 +238,12 @@ class ClientSession:
     # ------------------------------------------------------------ running
 
     def _receive(self, peer: PeerId, message: PeerMessage) -> list[Effect]:
+        if peer not in self.peers:
+            return []  # a peer that the route left may be slow to hear of it, or not be honest
         match message:
             case Opened(epoch=epoch) if epoch == self.epoch and self._state == "opening":
                 return self._opened(peer)
-            case Token(epoch=epoch) if epoch == self.epoch:
+            case Token(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
                 return self._drawn(message)
             case Decline(epoch=epoch) if epoch == self.epoch:
                 return self._declined(peer, message)

@@ -16,7 +16,7 @@ from shared.client.directory import Directory
 from shared.client.generation import Generation
 from shared.client.route_planner import Candidate, fill_route
 from shared.client.session import Drawn, Planner, Request, Rerouted
-from shared.errors import ConnectionLost, NoRoute, ProtocolError
+from shared.errors import ChannelClosed, ConnectionLost, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
 from shared.protocol import (
     Announcement,
@@ -60,7 +60,7 @@ class SwarmClient:
             identity, self.relays.clients, self._handle, on_closed=self._channel_closed, direct=direct
         )
         self._generations: dict[str, Generation] = {}
-        self._fetches: dict[int, asyncio.Future[tuple[Files, bytes]]] = {}
+        self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
         self._stack = AsyncExitStack()
         self._tasks = Background(grace_s=GOODBYE_S)
@@ -126,6 +126,8 @@ class SwarmClient:
         Raises NoRoute when nobody serves the artefact, ConnectionLost when no peer handed them out.
         """
         peers = [peer for peer in self.directory.live() if peer.artefact == artefact]
+        # One that is joining hangs up on everyone, so it is asked last, in case it serves by then.
+        peers.sort(key=lambda peer: peer.state == "joining")
         if not peers:
             raise NoRoute("no live peer serves any layer of this model")
         for announcement in peers:
@@ -141,15 +143,14 @@ class SwarmClient:
 
     async def _fetch_from(self, peer: PeerId, artefact: str) -> dict[str, bytes]:
         request = next(self._requests)
-        answer: asyncio.Future[tuple[Files, bytes]] = asyncio.get_running_loop().create_future()
-        self._fetches[request] = answer
-        try:
-            async with asyncio.timeout(FETCH_TIMEOUT_S):
-                channel = await self._dialer.channel(peer)
+        async with asyncio.timeout(FETCH_TIMEOUT_S):
+            channel = await self._dialer.channel(peer)
+            fetch = self._fetches[request] = _Fetch(channel)
+            try:
                 await channel.send(Fetch(request, artefact), b"", Priority.CONTROL)
-                files, body = await answer
-        finally:
-            del self._fetches[request]
+                files, body = await fetch.answer
+            finally:
+                del self._fetches[request]
         return split_files(files, body)
 
     # ------------------------------------------------------------ listening
@@ -169,12 +170,25 @@ class SwarmClient:
                 if generation := self._generations.get(message.session):
                     await generation.received(channel, message)
             case Files(request=request):
-                answer = self._fetches.get(request)
-                if answer is not None and not answer.done():
-                    answer.set_result((message, bytes(body)))
+                fetch = self._fetches.get(request)
+                if fetch is not None and fetch.channel is channel and not fetch.answer.done():
+                    fetch.answer.set_result((message, bytes(body)))
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is for peers, and I serve no layers")
 
     def _channel_closed(self, channel: Channel) -> None:
         for generation in list(self._generations.values()):
             generation.channel_closed(channel)
+        for fetch in self._fetches.values():
+            if fetch.channel is channel and not fetch.answer.done():
+                fetch.answer.set_exception(ChannelClosed(channel.reason))
+
+
+class _Fetch:
+    """A question for tokenizer files that waits for its answer on one channel."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.answer: asyncio.Future[tuple[Files, bytes]] = asyncio.get_running_loop().create_future()
+        # Whoever asked may have failed before, for the same reason.
+        self.answer.add_done_callback(lambda done: done.cancelled() or done.exception())

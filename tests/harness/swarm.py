@@ -66,6 +66,11 @@ class Swarm:
     # ------------------------------------------------------------ relays
 
     @property
+    def relay(self) -> Relay:
+        """The first, and in most tests the only one."""
+        return self.relays[0]
+
+    @property
     def relay_urls(self) -> tuple[str, ...]:
         return tuple(relay.url for relay in self.relays)
 

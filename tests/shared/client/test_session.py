@@ -21,7 +21,7 @@ from shared.client.session import (
 )
 from shared.errors import Busy, NoRoute, SessionFailed
 from shared.identity import PeerId
-from shared.protocol import Close, Decline, Failed, Grant, Open, Opened, RouteSpan, Step, Token
+from shared.protocol import Close, Decline, Failed, Grant, Lost, Open, Opened, RouteSpan, Step, Token
 
 SESSION = "5" * 32
 ANN, BOB, EVE = PeerId("a" * 64), PeerId("b" * 64), PeerId("e" * 64)
@@ -230,3 +230,16 @@ def test_cancelling_closes_every_hop_once() -> None:
     open_all(machine)
     assert [send.peer for send in sends(machine.cancel(), Close)] == [ANN, BOB]
     assert machine.cancel() == []
+
+
+def test_only_the_last_hop_draws_and_only_the_route_is_heard() -> None:
+    machine = session(Plan(BOB))
+    machine.start()
+    open_all(machine)
+    token = Token(SESSION, 0, 3, 7)
+
+    assert machine.handle(Received(ANN, token)) == []
+    assert machine.handle(Received(EVE, token)) == []
+    assert machine.handle(Received(EVE, Failed(SESSION, 0, "I say so"))) == []
+    assert machine.handle(Received(EVE, Lost(SESSION, 0, BOB))) == []
+    assert machine.handle(Received(BOB, token)) == [Emit(Drawn(3, 7, [], stop=False))]

@@ -1,0 +1,287 @@
+"""A peer's life as others see it: joining, serving, draining, left; and what it may meet on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peer.lifecycle import Peer
+from peer.model.errors import ModelNotFound
+from peer.model.span import Span as LoadedSpan
+from peer.settings import PeerSettings
+from shared.channel import Dialer
+from shared.errors import ConnectionLost, RelayUnreachable, SettingsError
+from shared.identity import Identity
+from shared.protocol import Announcement, Close
+from shared.relay_client import RelayClient
+from tests.harness.models import LAYERS, VOCABULARY, save_random
+from tests.harness.swarm import Swarm, tokens
+
+PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
+SOON_S = 10.0
+# One llama layer of the tests: queries and outputs, keys and values, the MLP, two norms; float32.
+LAYER_BYTES = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) * 4
+EMBEDDING_BYTES = VOCABULARY * 64 * 4
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random("llama", tmp_path_factory.mktemp("lifecycle-llama"))
+
+
+@pytest.fixture
+async def swarm(llama: Path) -> AsyncIterator[Swarm]:
+    async with Swarm(llama) as swarm:
+        yield swarm
+
+
+def settings(swarm: Swarm, **changes: Any) -> PeerSettings:  # noqa: ANN401
+    fields: dict[str, Any] = {
+        "relays": swarm.relay_urls,
+        "model": str(swarm.model),
+        "threads": 1,
+        "kv_bytes": 1 << 30,
+    }
+    return PeerSettings(**(fields | changes))
+
+
+def announced(swarm: Swarm, identity: Identity) -> Announcement | None:
+    return swarm.client.directory.get(identity.id)
+
+
+async def in_state(swarm: Swarm, identity: Identity, state: str) -> Announcement:
+    def there() -> bool:
+        found = announced(swarm, identity)
+        return found is not None and found.state == state
+
+    await swarm.until(there)
+    found = announced(swarm, identity)
+    assert found is not None
+    return found
+
+
+class Gate:
+    """Holds the loading of layers until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+        load = LoadedSpan.load
+
+        def held(*arguments: Any, **named: Any) -> LoadedSpan:  # noqa: ANN401
+            self.reached.set()
+            assert self.open.wait(SOON_S)
+            return load(*arguments, **named)
+
+        monkeypatch.setattr("peer.lifecycle.LoadedSpan.load", held)
+
+
+async def test_a_peer_announces_that_it_joins_before_it_loads_then_that_it_serves_then_that_it_left(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, identity = Gate(monkeypatch), Identity.generate()
+    peer = Peer(settings(swarm, layers="2/3", name="ann"), identity)
+    entering = asyncio.create_task(peer.__aenter__())
+
+    joining = await in_state(swarm, identity, "joining")
+    assert (joining.name, joining.start, joining.end, joining.layer_count) == ("ann", 2, 4, LAYERS)
+    assert joining.kv_tokens_free == 0
+    assert swarm.client.directory.serving(joining.artefact) == []
+    assert not entering.done()
+
+    gate.open.set()
+    serving = await in_state(swarm, identity, "serving")
+    await entering
+    # Two layers of keys and values, 2 heads of 16 float32 each, and a row of 64 for the input log.
+    assert serving.kv_tokens_free == (1 << 30) // (2 * 2 * 2 * 16 * 4 + 64 * 4)
+    assert (serving.model, serving.dtype, serving.device) == (swarm.model.name, "float32", "cpu")
+    assert serving.context_length == 512
+    assert serving.sequence > joining.sequence
+    assert serving.expires_at > time.time()
+
+    await peer.__aexit__(None, None, None)
+    await in_state(swarm, identity, "left")
+    assert identity.id not in {live.peer for live in swarm.client.directory.live()}
+
+
+async def test_who_speaks_to_a_peer_that_loads_is_told_so(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, identity = Gate(monkeypatch), Identity.generate()
+    peer = Peer(settings(swarm), identity)
+    entering = asyncio.create_task(peer.__aenter__())
+    await in_state(swarm, identity, "joining")
+
+    async with (
+        RelayClient(swarm.relay.url, other := Identity.generate()) as relay,
+        Dialer(other, relay, nothing, direct=False) as dialer,
+    ):
+        channel = await dialer.channel(identity.id)
+        await channel.send(Close("1" * 32))
+        await asyncio.wait_for(channel.closed.wait(), SOON_S)
+        assert channel.reason == "this peer is still loading its layers"
+
+    gate.open.set()
+    await entering
+    await peer.__aexit__(None, None, None)
+
+
+async def nothing(*_: object) -> None:
+    """Takes messages and does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("2/3", 2 * LAYER_BYTES),
+        ("1/3", 2 * LAYER_BYTES + EMBEDDING_BYTES),
+        # The last norm and the head.
+        ("3/3", 2 * LAYER_BYTES + EMBEDDING_BYTES + 64 * 4),
+    ],
+)
+async def test_a_third_of_the_layers_reads_a_third_of_the_bytes(
+    swarm: Swarm, layers: str, expected: int
+) -> None:
+    told: list[tuple[int, int]] = []
+    peer = Peer(
+        settings(swarm, layers=layers),
+        Identity.generate(),
+        progress=lambda done, total: told.append((done, total)),
+    )
+    async with peer:
+        assert told[-1] == (expected, expected)
+        assert peer.service is not None and peer.service.span.bytes_read == expected
+
+
+async def test_draining_lets_a_running_answer_finish_and_takes_no_new_one(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 6))
+    peer = swarm.peers["ann"]
+    answer = swarm.ask(PROMPT, new=120)
+    events = [await anext(answer)]
+
+    drain = asyncio.create_task(peer.drain())
+    await in_state(swarm, peer.identity, "draining")
+    assert swarm.client.directory.serving(peer.artefact) == []
+    assert not drain.done()
+    events += [event async for event in answer]
+
+    assert await asyncio.wait_for(drain, SOON_S)
+    assert tokens(events) == swarm.reference(PROMPT, new=120)
+
+
+async def test_draining_gives_up_on_an_answer_that_takes_too_long(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 6))
+    answer = swarm.ask(PROMPT, new=300)
+    await anext(answer)
+    # Nobody reads on, so it never finishes.
+    assert not await swarm.peers["ann"].drain(timeout_s=0.01)
+    await answer.aclose()
+
+
+async def test_a_relay_that_goes_away_while_a_peer_drains_cuts_no_answer(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await swarm.start(ann=(0, 6))
+    peer = swarm.peers["ann"]
+    answer = swarm.ask(PROMPT, new=120)
+    events = [await anext(answer)]
+
+    with monkeypatch.context() as gone:
+        gone.setattr(peer.relays.clients[0], "announce", lost)
+        drain = asyncio.create_task(peer.drain())
+        events += [event async for event in answer]
+        assert await asyncio.wait_for(drain, SOON_S)
+    assert tokens(events) == swarm.reference(PROMPT, new=120)
+
+
+async def test_a_relay_that_goes_away_when_the_layers_are_loaded_costs_no_second_loading(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = Peer(settings(swarm), Identity.generate())
+    with monkeypatch.context() as gone:
+        gone.setattr(peer.relays.clients[0], "announce", lost)
+        async with peer:
+            assert peer.service is not None
+
+
+async def lost(*_: object) -> None:
+    raise ConnectionLost("the connection to the relay was lost")
+
+
+# ---------------------------------------------------------------- what keeps a peer from starting
+
+
+async def test_a_relay_that_does_not_answer_is_told_before_anything_is_loaded(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with pytest.raises(RelayUnreachable, match=r"no relay answers at http://127\.0\.0\.1:1"):
+        async with Peer(PeerSettings(relays=("http://127.0.0.1:1",), model=str(llama)), Identity.generate()):
+            pass
+    assert not gate.reached.is_set()
+
+
+@pytest.mark.parametrize("layers", ["9:3", "0:7", "3:3", "x", "1:2:3", "0/3", "4/3", "1/0", ""])
+async def test_layers_that_are_no_part_of_the_model_are_told_before_anyone_hears_of_the_peer(
+    swarm: Swarm, layers: str
+) -> None:
+    identity = Identity.generate()
+    with pytest.raises(SettingsError, match="--layers"):
+        async with Peer(settings(swarm, layers=layers), identity):
+            pass
+    assert announced(swarm, identity) is None
+
+
+async def test_a_directory_without_a_model_is_told(swarm: Swarm, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"there is no config\.json"):
+        async with Peer(settings(swarm, model=str(tmp_path)), Identity.generate()):
+            pass
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps", "meta", "toaster", "", "cuda:x"])
+async def test_a_device_that_is_not_here_is_told(swarm: Swarm, device: str) -> None:
+    with pytest.raises(SettingsError, match=f"--device {device} is not on this machine"):
+        Peer(settings(swarm, device=device), Identity.generate())
+
+
+async def test_a_peer_whose_layers_fail_to_load_takes_its_announcement_back(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> LoadedSpan:
+        raise ModelNotFound("a file is gone")
+
+    monkeypatch.setattr("peer.lifecycle.LoadedSpan.load", broken)
+    identity = Identity.generate()
+    with pytest.raises(ModelNotFound, match="a file is gone"):
+        async with Peer(settings(swarm), identity):
+            pass
+    await in_state(swarm, identity, "left")
+
+
+async def test_leaving_while_the_layers_load_reads_no_further_tensor_and_is_told(swarm: Swarm) -> None:
+    identity = Identity.generate()
+    first, go_on = threading.Event(), threading.Event()
+    told: list[int] = []
+
+    def progress(done_bytes: int, _: int) -> None:
+        told.append(done_bytes)
+        first.set()
+        assert go_on.wait(SOON_S)
+
+    entering = asyncio.create_task(Peer(settings(swarm), identity, progress=progress).__aenter__())
+    assert await asyncio.to_thread(first.wait, SOON_S)
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
+
+    go_on.set()
+    # As the command does when it ends: it waits for its threads.
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert len(told) == 1
+    await in_state(swarm, identity, "left")
