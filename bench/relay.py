@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
 import resource
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -42,6 +44,8 @@ TICK_S = 0.02
 # The dialler of a channel gives up after 5 s; until then it offers again whenever a relay is back.
 OFFER_AGAIN_S = 2.0
 PATIENCE_S = 60.0
+ON_ITS_WAY_S = 1.0
+"""What was said a moment ago has arrived after this."""
 # About as long as a signed greeting: docs/decisions/0003-channel-handshake.md.
 GREETING_BYTES = 420
 SIGNATURE = "5" * 128
@@ -102,6 +106,11 @@ class RelayProcess:
         if self._process is not None:
             self._process.terminate()
             self._process.wait(PATIENCE_S)
+
+    def kept(self) -> dict[PeerId, int]:
+        """Whom the file of a relay that has ended knows, with the sequence of each."""
+        with contextlib.closing(sqlite3.connect(self._folder / "relay.sqlite")) as file:
+            return dict(file.execute("select peer, sequence from spans"))
 
     def rss_kib(self) -> float:
         return float(_ps(self.pid, "rss"))
@@ -298,7 +307,7 @@ async def measure(options: argparse.Namespace) -> dict[str, float]:
         _tell_load(crowd, relay, cores, kib_per_peer, options)
         looking.cancel()
 
-        lost = await _restart(relay, crowd, options)
+        lost = await _restart(relay, crowd)
         for task in load[:2]:
             task.cancel()
         lost += await _unanswered(crowd)
@@ -324,17 +333,21 @@ def _tell_load(
         )
 
 
-async def _restart(relay: RelayProcess, crowd: Crowd, options: argparse.Namespace) -> int:
+async def _restart(relay: RelayProcess, crowd: Crowd) -> int:
     """End the relay under load and start it again; returns how many peers and announcements are missing."""
-    before, logins = crowd.announced(), [peer.logins for peer in crowd.peers]
+    before = crowd.announced()
+    await asyncio.sleep(ON_ITS_WAY_S)
     began = time.monotonic()
     await asyncio.to_thread(relay.stop)
     ended_s = time.monotonic() - began
+    kept = relay.kept()
+    forgotten = sum(kept.get(peer, -1) < sequence for peer, sequence in before.items())
     await asyncio.to_thread(relay.start)
-    print(f"restart: {ended_s:.1f} s to end, {time.monotonic() - began - ended_s:.1f} s to start", flush=True)
-    forgotten = await crowd.missing(before)
-    back = sum(peer.logins > count for peer, count in zip(crowd.peers, logins, strict=True))
-    print(f"from its file alone it lacks {forgotten} announcements, while {back} peers are back")
+    print(
+        f"restart: {ended_s:.1f} s to end, {time.monotonic() - began - ended_s:.1f} s to start;"
+        f" {forgotten} announcements are missing in its file",
+        flush=True,
+    )
     try:
         async with asyncio.timeout(PATIENCE_S):
             for peer in crowd.peers:
@@ -346,7 +359,7 @@ async def _restart(relay: RelayProcess, crowd: Crowd, options: argparse.Namespac
     newest = crowd.announced()
     for looker in crowd.lookers:
         await looker.back.wait()
-    await asyncio.sleep(1.0)  # what was announced a moment ago is on its way
+    await asyncio.sleep(ON_ITS_WAY_S)
     return forgotten + absent + await crowd.missing(newest)
 
 
