@@ -158,3 +158,16 @@ def test_the_longest_announcements_fit_in_a_message() -> None:
     record = announced(ANN, NOW, name='"' * 64, model='"' * 200, relays=["\\" * 200] * 4)
     for page in pages([record] * 200):
         assert len(encode(Found(request=1 << 53, records=page, more=True))) < MAX_RELAY_MESSAGE_BYTES
+
+
+def test_a_peer_that_changes_its_model_is_found_under_the_new_one_only() -> None:
+    registry = Registry(10)
+    for sequence, model in enumerate(["small", "large", "large", "small"]):
+        newest = entry(sequence=sequence, model=model)
+        registry.accept(newest)
+        other = {"small": "large", "large": "small"}[model]
+        assert registry.live(NOW, model) == [newest]
+        assert registry.live(NOW, other) == []
+
+    assert registry.forget(NOW + TOMBSTONE_S) == [ANN.id]
+    assert registry._by_model == {} and len(registry) == 0
