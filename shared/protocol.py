@@ -246,7 +246,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     """How a token is drawn from logits. A draw depends on (seed, position) and the logits alone."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    """0 takes the most likely token."""
+    """0, or so little that it makes no difference, takes the most likely token."""
     top_k: Annotated[int, Meta(ge=0)] = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0

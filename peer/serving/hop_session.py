@@ -124,6 +124,10 @@ class HopSession:
         while not self._inbox.empty():
             self._inbox.get_nowait()
 
+    def visits(self, peer: PeerId) -> bool:
+        """True when the route leads through that peer."""
+        return any(entry.peer == peer for entry in self.open.route)
+
     def uses(self, channel: Channel) -> bool:
         """True when the ring passes from this hop through that channel."""
         return self._channels.get(channel.peer) is channel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from peer.serving.hop_session import Arrival, HopSession, Inputs
 from peer.serving.kv_budget import KvBudget
 from shared.background import Background
 from shared.channel import Channel, Priority
-from shared.errors import Busy, ProtocolError
+from shared.errors import Busy, ConnectionLost, ProtocolError
 from shared.identity import PeerId, short
 from shared.protocol import (
     Close,
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 LEASE_S = 30.0
 """A session whose asker is silent this long is closed; askers renew three times within it."""
 SWEEPS_PER_LEASE = 10
+MAX_REPLIES = 256
+"""Refusals and files on their way out. Beyond these more are dropped: whoever asks without reading waits."""
 SMOOTHING = 0.1
 """Weight of the newest step in the measured time per layer."""
 
@@ -80,6 +83,9 @@ class Service:
         self.draining = False
         self.ms_per_layer: float | None = None
         """One decode step through one layer, smoothed over the last steps."""
+        self.dropped_replies = 0
+        """Answers that were not sent, since too many others wait for participants that do not read."""
+        self._replies = 0
         self._offer = offer
         self._budget = budget
         self._dial = dial
@@ -160,10 +166,11 @@ class Service:
                     self._end(session)
             case Lost(session=session):
                 # A later hop does not know the session; only the asker can mend that.
-                if (admitted := self._admitted.get(session)) and message.peer == channel.peer:
-                    await admitted.session.tell(message)
+                admitted = self._admitted.get(session)
+                if admitted and message.peer == channel.peer and admitted.session.visits(channel.peer):
+                    self._tasks.start(admitted.session.tell(message))
             case Fetch():
-                await self._hand_out(channel, message)
+                self._hand_out(channel, message)
             case Opened() | Decline() | Failed() | Files():
                 raise ProtocolError(f"a {type(message).__name__} is for askers, and I asked for nothing")
             case _:
@@ -172,8 +179,7 @@ class Service:
     async def _step(self, channel: Channel, inputs: Inputs) -> None:
         admitted = self._admitted.get(inputs.step.session)
         if admitted is None:
-            lost = Lost(inputs.step.session, inputs.step.epoch, self.me)
-            await channel.send(lost, b"", Priority.CONTROL)
+            self._reply(channel, Lost(inputs.step.session, inputs.step.epoch, self.me))
         elif channel.peer == admitted.source:
             await admitted.session.put(inputs)
 
@@ -182,11 +188,34 @@ class Service:
         if admitted is not None and channel.peer == admitted.session.open.route[-1].peer:
             await admitted.session.put(arrival)
 
-    async def _hand_out(self, channel: Channel, fetch: Fetch) -> None:
+    def _hand_out(self, channel: Channel, fetch: Fetch) -> None:
         if fetch.artefact != self._offer.artefact:
             raise ProtocolError("I do not serve the artefact whose tokenizer was asked for")
         files, body = pack_files(fetch.request, self._offer.tokenizer_files)
-        await channel.send(files, body, Priority.PREFILL)
+        self._reply(channel, files, body, Priority.PREFILL)
+
+    def _reply(
+        self,
+        channel: Channel,
+        message: PeerMessage,
+        body: bytes = b"",
+        priority: Priority = Priority.CONTROL,
+    ) -> None:
+        """Answer without waiting: a handler that waits for room would stop all that comes by the channel."""
+        if self._replies >= MAX_REPLIES:
+            self.dropped_replies += 1
+            return
+        self._replies += 1
+        self._tasks.start(self._send_reply(channel, message, body, priority))
+
+    async def _send_reply(
+        self, channel: Channel, message: PeerMessage, body: bytes, priority: Priority
+    ) -> None:
+        try:
+            with contextlib.suppress(ConnectionLost):
+                await channel.send(message, body, priority)
+        finally:
+            self._replies -= 1
 
     # ------------------------------------------------------------ admission
 
@@ -196,7 +225,7 @@ class Service:
             return
         refusal = self._refusal(channel, opened) or self._reserve(opened)
         if refusal is not None:
-            await channel.send(refusal, b"", Priority.CONTROL)
+            self._reply(channel, refusal)
             return
         if admitted is None:
             admitted = self._admit(channel, opened)

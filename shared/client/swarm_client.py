@@ -29,6 +29,7 @@ from shared.protocol import (
     Path,
     PeerMessage,
     RouteSpan,
+    Step,
     Token,
 )
 from shared.relay_client import RelayClient
@@ -173,6 +174,8 @@ class SwarmClient:
                 fetch = self._fetches.get(request)
                 if fetch is not None and fetch.channel is channel and not fetch.answer.done():
                     fetch.answer.set_result((message, bytes(body)))
+            case Step():
+                pass  # an asker named us as a hop: the peer that fell for it serves our sessions as well
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is for peers, and I serve no layers")
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from peer.serving.executor import DECODE
 from peer.serving.hop_session import INBOX_SIZE
+from peer.serving.service import MAX_REPLIES
 from shared.errors import ProtocolError
 from shared.identity import PeerId
 from shared.protocol import (
@@ -174,6 +175,25 @@ async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
         got = torch.frombuffer(bytearray(replayed + last), dtype=torch.float32).view(-1, HIDDEN)
         torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4), rtol=1e-4, atol=1e-4)
         assert eve.heard_nothing
+
+
+async def test_a_replay_ends_at_a_next_hop_that_has_it_already() -> None:
+    states = expected_states(tuple(PROMPT), 2)
+    async with house(span(2, 4)) as home:
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        await asker.opens(home.open(*MIDDLE))
+        await ann.say(states_step(0, 8), states_body(states[:8]))
+        await eve.hear_step()
+
+        route = [*home.route(*MIDDLE[:2]), *home.route(MIDDLE[2], fresh=False)]
+        assert (await asker.opens(home.open(epoch=1, route=route, index=1))).position == 0
+        await ann.say(states_step(0, 8, epoch=1, replay=True), states_body(states[:8]))
+        await ann.say(states_step(8, 1, epoch=1, sample=True), states_body(states[8:]))
+
+        onward, last = await eve.hear_step()
+        assert (onward.position, onward.count, onward.replay) == (8, 1, False)
+        got = torch.frombuffer(bytearray(last), dtype=torch.float32).view(-1, HIDDEN)
+        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4)[8:], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- admission
@@ -394,7 +414,9 @@ async def test_only_the_hop_itself_may_say_that_it_lost_the_session() -> None:
         asker, eve = home.party("asker"), home.party("eve")
         await asker.opens(home.open(*MIDDLE))
 
-        await home.party("mallory").say(Lost(SESSION, 0, eve.id))
+        mallory = home.party("mallory")
+        await mallory.say(Lost(SESSION, 0, eve.id))
+        await mallory.say(Lost(SESSION, 0, mallory.id))  # it has no part in the route
         assert asker.heard_nothing
         await eve.say(Lost(SESSION, 0, eve.id))
         assert await asker.hear(Lost) == Lost(SESSION, 0, eve.id)
@@ -438,6 +460,18 @@ async def test_a_step_of_an_unknown_session_is_answered_lost() -> None:
         ann = home.party("ann")
         await ann.say(*PREFILL)
         assert await ann.hear(Lost) == Lost(SESSION, 0, home.me)
+
+
+async def test_who_asks_without_reading_holds_up_nobody_and_fills_no_memory() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        ann.pipe.reading.clear()
+        for _ in range(MAX_REPLIES):
+            await ann.say(*PREFILL)
+        await ann.say(Fetch(7, ARTEFACT))
+
+        assert home.service.dropped_replies == 1
+        await works(home, home.party("bob"))
 
 
 async def test_commands_for_unknown_sessions_are_no_trouble() -> None:
@@ -685,6 +719,7 @@ async def test_the_askers_word_renews_a_lease_and_nobody_elses_does(clock: Clock
         clock.now += LEASE_S * 0.6
 
         await ended(home, 1)
+        assert home.service.session_count == 1
 
         await ann.say(Close(SESSION))  # it was bob's that ended
         assert home.service.session_count == 0
