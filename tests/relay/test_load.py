@@ -17,6 +17,7 @@ from shared.identity import Identity
 from shared.protocol import Announce, Denied, Found, Lookup
 from shared.relay_client import RelayClient
 from tests.relay.parties import announced, member, party, soon, stranger, until
+from tests.shared.channel.ends import ends, expect_numbers, send_numbers
 
 
 async def test_who_sends_too_many_bytes_is_read_more_slowly_and_loses_nothing() -> None:
@@ -44,6 +45,18 @@ async def test_nobody_waits_for_one_who_sends_too_much() -> None:
             pass
         assert not sending.done()  # what is not read piles up at its sender
         sending.cancel()
+
+
+async def test_a_channel_whose_bytes_are_slowed_is_slow_and_not_dead() -> None:
+    """Its credits bound what is on its way, so its pings still come through in time."""
+    settings = RelaySettings(port=0, participant_bytes=Rate(1e6, 1e5))
+    async with ends(direct=False, settings=settings) as (ann, bob):
+        channel = await ann.dialer.channel(bob.id)
+        with channel.watched():
+            sending = asyncio.create_task(send_numbers(channel, range(100), size=20_000))
+            await expect_numbers(bob, range(100), size=20_000)
+            await sending
+            assert not channel.closed.is_set() and ann.channel_to(bob) is channel
 
 
 async def test_the_bytes_of_all_connections_of_an_address_count_together() -> None:
