@@ -15,18 +15,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peer.lifecycle import Peer
-from peer.settings import DEMO_MODEL, PeerSettings, parse_bytes
+from peer.settings import DEMO_MODEL, PeerSettings
 from shared.errors import SettingsError
 from shared.identity import Identity, short
 from shared.logs import configure_logs
-from shared.settings import DEFAULT_RELAY, LogLevelOption, RelayOption, run_command
+from shared.settings import LogLevelOption, RelayOption, parse_bytes, relay_urls, run_command
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def peer(
-    relay: RelayOption = DEFAULT_RELAY,
+    relay: RelayOption = None,
     model: Annotated[
         str,
         typer.Option(
@@ -96,7 +96,7 @@ def peer(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise SettingsError(f"--dtype {dtype} is unknown: write auto, float32, bfloat16 or float16")
     settings = PeerSettings(
-        relay=relay,
+        relays=relay_urls(relay),
         model=model,
         layers=layers,
         name=name[:64],
@@ -139,9 +139,10 @@ def _tell(console: Console, peer: Peer) -> None:
         f" as [bold]{escape(peer.name)}[/] ({short(peer.identity.id)})"
         f" on {peer.device.type} in {peer.dtype_name}"
     )
+    relays = " and ".join(peer.relays.connected_urls)
     console.print(
         f"room for {peer.service.kv_tokens_free:,} tokens of chats"
-        f" in {peer.kv_budget.total_bytes / 1e9:.1f} GB; meets others at {peer.settings.relay}; Ctrl-C leaves"
+        f" in {peer.kv_budget.total_bytes / 1e9:.1f} GB; meets others at {relays}; Ctrl-C leaves"
     )
 
 

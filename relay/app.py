@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 # Participants spread their return over about this time.
 RETRY_AFTER_S = 2.0
+# A login takes some 0.7 ms; half of a core is left to those who are back already.
+RETURNS_PER_S = 700
 SHUTDOWN_S = 2.0
+SILENT_S = 20.0
+"""A connection that has not become a WebSocket, and asks for no page, ends after this."""
 # No request has a body.
 MAX_REQUEST_BYTES = 4096
 
@@ -61,6 +65,8 @@ class Relay:
             self._app,
             access_log=None,
             shutdown_timeout=SHUTDOWN_S,
+            # Also for those that connect and never ask anything.
+            keepalive_timeout=SILENT_S,
             handler_cancellation=True,
         )
         self.port = 0
@@ -107,7 +113,7 @@ class Relay:
 
 
 async def _in_background(app: web.Application) -> AsyncIterator[None]:
-    """The database, the STUN responder and the two tasks that run as long as the application does."""
+    """The database, the STUN responder and the tasks that run as long as the application does."""
     meeting = app[MEETING]
     settings = meeting.settings
     if meeting.names is None:
@@ -122,7 +128,7 @@ async def _in_background(app: web.Application) -> AsyncIterator[None]:
             wanted = settings.port if settings.stun_port is None else settings.stun_port
             meeting.stun_port = await stack.enter_async_context(stun_responder(settings.host, wanted))
         # Not a TaskGroup: aiohttp may end the application from another task than it started in.
-        tasks = [asyncio.create_task(meeting.tell_news()), asyncio.create_task(meeting.tidy())]
+        tasks = [asyncio.create_task(work) for work in (meeting.tell_news(), meeting.tidy(), meeting.weigh())]
         stack.push_async_callback(_stop, tasks)
         yield
 
@@ -137,14 +143,15 @@ async def _stop(tasks: list[asyncio.Task[None]]) -> None:
 
 async def _say_goodbye(app: web.Application) -> None:
     """Tell everyone to come back soon, so that they need not guess why the connection ended."""
-    goodbye = Restarting(RETRY_AFTER_S)
+    participants = app[MEETING].participants.all()
+    goodbye = Restarting(max(RETRY_AFTER_S, len(participants) / RETURNS_PER_S))
 
     async def part(participant: Participant) -> None:
         await participant.send(goodbye)
         await participant.close()
 
     async with asyncio.TaskGroup() as tasks:
-        for participant in app[MEETING].participants.all():
+        for participant in participants:
             tasks.create_task(part(participant))
 
 

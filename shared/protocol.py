@@ -55,14 +55,14 @@ PeerState = Literal["joining", "serving", "draining", "left"]
 # ---------------------------------------------------------------- signed records
 
 
-class SignedRecord(Struct, frozen=True):
+class SignedRecord(Struct, frozen=True, gc=False):
     """A JSON text and its signature. The text is kept as it was signed, so nobody has to re-create it."""
 
     body: Annotated[str, Meta(max_length=8192)]
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
 
 
-class Announcement(Struct, frozen=True, kw_only=True):
+class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     """What a peer says of itself. The newest valid one per peer wins; `left` withdraws it."""
 
     peer: Id
@@ -166,12 +166,14 @@ class Gone(Struct, frozen=True, tag="gone"):
 class Denied(Struct, frozen=True, tag="denied"):
     """The relay understood a message and refuses it; the connection stays unless `fatal`.
 
-    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send.
+    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send. With
+    `retry_after_s`, the same may be asked again after that time.
     """
 
     reason: Text
     fatal: bool = False
     peer: Id | None = None
+    retry_after_s: Seconds = 0.0
 
 
 class Restarting(Struct, frozen=True, tag="restarting"):

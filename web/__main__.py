@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from shared.background import Background
 from shared.client.swarm_client import SwarmClient
 from shared.identity import Identity
 from shared.logs import configure_logs
-from shared.settings import DEFAULT_RELAY, LogLevelOption, RelayOption, data_directory, run_command
+from shared.settings import LogLevelOption, RelayOption, data_directory, relay_urls, run_command
 from web.app import Gateway, GatewaySettings, check_exposure
 from web.demo import NAMES, demo
 from web.tokenizer import preload
@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 
 @app.command()
 def web(
-    relay: RelayOption = DEFAULT_RELAY,
+    relay: RelayOption = None,
     host: Annotated[
         str,
         typer.Option(envvar="COROLLA_WEB_HOST", help="Address to listen on; 0.0.0.0 lets other machines in."),
@@ -81,16 +81,16 @@ def web(
         opened = demo(settings, peers, console, direct=not relay_only, log_level=log_level)
     else:
         key = Identity.load(identity) if identity is not None else Identity.generate()
-        opened = _gateway(settings, relay, key, direct=not relay_only)
+        opened = _gateway(settings, relay_urls(relay), key, direct=not relay_only)
     with suppress(KeyboardInterrupt):
         asyncio.run(_until_signalled(_serve(opened, console)))
 
 
 @asynccontextmanager
 async def _gateway(
-    settings: GatewaySettings, relay: str, key: Identity, *, direct: bool
+    settings: GatewaySettings, relays: Sequence[str], key: Identity, *, direct: bool
 ) -> AsyncGenerator[Gateway, None]:
-    async with SwarmClient(key, relay, direct=direct) as swarm, Gateway(settings, swarm) as gateway:
+    async with SwarmClient(key, relays, direct=direct) as swarm, Gateway(settings, swarm) as gateway:
         yield gateway
 
 

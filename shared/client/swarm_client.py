@@ -34,6 +34,7 @@ from shared.protocol import (
     Token,
 )
 from shared.relay_client import RelayClient
+from shared.relays import Relays
 from shared.spans import Span
 from shared.tokenizer_files import files_hash, split_files
 
@@ -49,14 +50,16 @@ class SwarmClient:
 
     async with SwarmClient(identity, "http://relay:8787") as swarm:
         async for event in swarm.generate(request): ...
+
+    With several relays it sees what any of them shows, and reaches a peer by any that both are at.
     """
 
-    def __init__(self, identity: Identity, relay_url: str, *, direct: bool = True) -> None:
+    def __init__(self, identity: Identity, relays: str | Sequence[str], *, direct: bool = True) -> None:
         self.identity = identity
         self.directory = Directory()
-        self.relay = RelayClient(relay_url, identity)
+        self.relays = Relays(relays, identity)
         self._dialer = Dialer(
-            identity, self.relay, self._handle, on_closed=self._channel_closed, direct=direct
+            identity, self.relays.clients, self._handle, on_closed=self._channel_closed, direct=direct
         )
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
@@ -65,9 +68,9 @@ class SwarmClient:
         self._tasks = Background(grace_s=GOODBYE_S)
 
     async def __aenter__(self) -> Self:
-        self.relay.watch(self.directory.add)
-        self.relay.on_gone(self.directory.gone)
-        await self._stack.enter_async_context(self.relay)
+        for relay in self.relays.clients:
+            self._listen(relay)
+        await self._stack.enter_async_context(self.relays)
         await self._stack.enter_async_context(self._dialer)
         await self._stack.enter_async_context(self._tasks)
         return self
@@ -153,6 +156,11 @@ class SwarmClient:
         return split_files(files, body)
 
     # ------------------------------------------------------------ listening
+
+    def _listen(self, relay: RelayClient) -> None:
+        relay.watch(lambda record: self.directory.add(record, relay.url))
+        relay.on_gone(lambda peer: self.directory.gone(peer, relay.url))
+        relay.on_state(lambda connected: None if connected else self.directory.lost(relay.url))
 
     def links(self) -> dict[PeerId, tuple[Path, float | None]]:
         """Open channels: what carries each now, and its round trip in ms when measured."""
