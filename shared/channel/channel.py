@@ -143,6 +143,13 @@ class Channel:
         return "relayed" if link is None else link.path
 
     @property
+    def why_relayed(self) -> str:
+        """Why messages do not go directly, in words; empty while they do."""
+        if self.path == "direct":
+            return ""
+        return "the direct link does not answer" if self.direct is not None else self._upgrade.why_relayed
+
+    @property
     def rtt_ms(self) -> float | None:
         """The round trip on the present path, once a ping was answered there."""
         link = self._link

@@ -25,6 +25,8 @@ RETRY_LOST_S = 10.0
 # The other side may ask for attempts without end; each costs sockets.
 PAUSE_S = 2.0
 
+OPENING = "a direct link is being opened"
+
 T = TypeVar("T")
 
 
@@ -53,6 +55,8 @@ class Upgrade:
         self._described = asyncio.Event()
         self._attempt = 0
         self._link: DirectLink | None = None
+        self.why_relayed = OPENING
+        """Why there is no direct link, in words; of no meaning while there is one."""
 
     def described(self, message: Describe) -> None:
         """The other side told how to reach it. A newer attempt of its means that the current one is over."""
@@ -69,6 +73,7 @@ class Upgrade:
     async def run(self) -> None:
         """Try until cancelled, or until it is clear that the other side wants no direct link."""
         if self._make is None:
+            self.why_relayed = "this side wants no direct links"
             if self._dialled:
                 self._send(_nowhere(1))
             return
@@ -84,15 +89,18 @@ class Upgrade:
     async def _try(self, make: Callable[[], DirectLink]) -> bool:
         """One attempt, and the life of its link. True when there was one."""
         link = self._link = make()
+        self.why_relayed = OPENING
         try:
             async with self._limit:
                 self._send(await to_the_end(link.describe(self._attempt)))
                 await link.open(await self._their_description())
             self._use(link)
             await link.lost.wait()
+            self.why_relayed = "the direct link was lost"
             return True
         except (ConnectionLost, ProtocolError, OSError) as error:
             log.info("attempt %d at a direct link: %s", self._attempt, error)
+            self.why_relayed = str(error)
             return False
         finally:
             self._link = None
