@@ -1,4 +1,4 @@
-"""Processes that a test needs beside it, ended with it."""
+"""Commands that run beside a test and end with it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Literal, NamedTuple, Self, get_args
 
 from tests.harness.namespaces import Namespace, namespaces
-from tests.harness.processes import python, started
+from tests.harness.commands import python, started
 from tests.harness.wan import Cable, Line, cables
 
 Kind = Literal["none", "firewall", "fullcone", "cone", "symmetric", "udpblocked"]

@@ -23,7 +23,7 @@ from shared.identity import Identity, PeerId
 from shared.protocol import Path
 from shared.relay_client import RelayClient
 from tests.harness.namespaces import Namespace
-from tests.harness.processes import ROOT, python
+from tests.harness.commands import ROOT, python
 from tests.shared.channel.ends import End, Got, numbered, until
 
 ANSWER_S = 30
