@@ -203,9 +203,13 @@ class Describe(Struct, frozen=True, tag="describe", kw_only=True):
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """Are you there? Answered on the same link, so its time is that link's round trip."""
+    """Are you there? Answered on the same link, so its time is that link's round trip.
+
+    With `deaf`, I do not hear you on the direct link any more: leave it, as I did.
+    """
 
     number: Count
+    deaf: bool = False
 
 
 class Pong(Struct, frozen=True, tag="pong"):

@@ -336,6 +336,8 @@ class Channel:
     def _told(self, link: Link, message: ChannelMessage) -> None:
         match message:
             case Ping():
+                if message.deaf and self._trusted and self.direct is not None:
+                    self._leave_direct(self.direct)
                 # A link that is behind answers no pings, so nobody can fill our memory with answers.
                 if link.ready:
                     pong = Pong(message.number, self._inbound.received, self._inbound.settle())
@@ -401,10 +403,13 @@ class Channel:
             self.end("its direct link ended, and it is at no relay", bye=False)
 
     def _leave_direct(self, link: DirectLink) -> None:
-        """From now on by the relay, beginning with what the direct link may not have delivered."""
+        """From now on by the relay, beginning with what the direct link may not have delivered.
+
+        The other side hears of it: it may still hear us directly, and would go on speaking to deaf ears.
+        """
         self._trusted = False
         self._outbound.link_lost(link)
-        self._ping(self.relayed)
+        self._ping(self.relayed, deaf=True)
         self._pump()
 
     # ------------------------------------------------------------ the relays
@@ -466,10 +471,10 @@ class Channel:
             for link in self._links():
                 self._ping(link)
 
-    def _ping(self, link: Link) -> None:
+    def _ping(self, link: Link, *, deaf: bool = False) -> None:
         """Ask, even over a link that is behind: what makes it so may be that nobody is there."""
         if not self.closed.is_set():
-            self._tell(link, Ping(link.pinged(time.perf_counter())))
+            self._tell(link, Ping(link.pinged(time.perf_counter()), deaf))
 
     def _tick(self) -> None:
         pace = self._pace
