@@ -118,6 +118,7 @@ class Channel:
         self._upgrade = Upgrade(
             make=make_direct and (lambda: make_direct(relayed.stun, self.received, self._pump)),
             limit=direct_limit,
+            whereabouts=relayed.whereabouts,
             dialled=dialled,
             send=lambda message: self._tell(relayed, message),
             use=self._use_direct,
