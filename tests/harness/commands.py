@@ -5,34 +5,32 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-END_S = 10
 
 
 @contextmanager
-def started(command: Sequence[str], says: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has printed a line with `says`; it is ended with the block, kindly first."""
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if says in line:
-                break
-        else:
-            raise OSError(f"`{' '.join(command)}` ended before it said {says!r}")
-        yield process
-    finally:
-        process.terminate()
+def started(*commands: Sequence[str], says: str) -> Iterator[None]:
+    """Processes that have each printed a line with `says`. They are killed in the end, which is quick."""
+    with ExitStack() as stack:
+        for process in [stack.enter_context(_process(command)) for command in commands]:
+            assert process.stdout is not None
+            if not any(says in line for line in process.stdout):
+                raise OSError(f"{process.args!r} ended before it said {says!r}")
+        yield
+
+
+@contextmanager
+def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
-            process.wait(END_S)
-        except subprocess.TimeoutExpired:
+            yield process
+        finally:
             process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def python(module: str, *arguments: str) -> list[str]:

@@ -27,8 +27,8 @@ from typing import Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 
-from tests.harness.namespaces import Namespace, namespaces
 from tests.harness.commands import python, started
+from tests.harness.namespaces import Namespace, namespaces
 
 Packet = TypeVar("Packet")
 
