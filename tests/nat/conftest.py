@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
@@ -31,7 +31,19 @@ def lab(routers: None) -> Iterator[Lab]:
 @pytest_asyncio.fixture(scope="package", loop_scope="package")
 async def pair(lab: Lab) -> AsyncIterator[Pair]:
     """A participant's process in each home of the lab."""
-    async with AsyncExitStack() as stack:
-        left = await stack.enter_async_context(participant(lab.left.machine))
-        right = await stack.enter_async_context(participant(lab.right.machine))
+    async with _at_home(lab) as pair:
+        yield pair
+
+
+@asynccontextmanager
+async def people(lab: Lab) -> AsyncIterator[tuple[Lab, Participant, Participant]]:
+    """A lab of one test's own, with a participant in each home."""
+    with lab:
+        async with _at_home(lab) as pair:
+            yield lab, *pair
+
+
+@asynccontextmanager
+async def _at_home(lab: Lab) -> AsyncIterator[Pair]:
+    async with participant(lab.left.machine) as left, participant(lab.right.machine) as right:
         yield left, right

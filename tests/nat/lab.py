@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Literal, NamedTuple, Self, get_args
 
-from tests.harness.namespaces import Namespace, namespaces
 from tests.harness.commands import python, started
+from tests.harness.namespaces import Namespace, namespaces
 from tests.harness.wan import Cable, Line, cables
 
 Kind = Literal["none", "firewall", "fullcone", "cone", "symmetric", "udpblocked"]
@@ -77,8 +77,8 @@ class Router:
         self._public.ip(f"route replace {'' if known else 'blackhole '}{network} {known}")
 
     def cut_udp(self) -> None:
-        """From now on all UDP vanishes here, also that of open connections."""
-        self.namespace.nft("insert rule inet nat pass meta l4proto udp drop\n")
+        """From now on no UDP leaves the home, not even that of open connections."""
+        self.namespace.nft("insert rule inet nat pass oifname wan meta l4proto udp drop\n")
 
 
 class Home(NamedTuple):
@@ -90,16 +90,27 @@ class Lab:
     """`with Lab() as lab: lab.left.router.become("cone")`. Both routers start as "none".
 
     `round_trip_ms` is that between the homes; a home and the relay are half as far apart. With `family` 6
-    there is no IPv4 at all. With `one_lan` both machines are in the left home.
+    there is no IPv4 at all. With `one_lan` both machines are in the left home, with `twins` each home has the
+    same addresses inside, as sold by one maker.
     """
 
     left: Home
     right: Home
     public: Namespace
 
-    def __init__(self, *, round_trip_ms: float = 0, family: Literal[4, 6] = 4, one_lan: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        round_trip_ms: float = 0,
+        family: Literal[4, 6] = 4,
+        one_lan: bool = False,
+        twins: bool = False,
+    ) -> None:
         self._round_trip_ms = round_trip_ms
-        self._plans = plan(family, 1), plan(family, 2)
+        left, right = plan(family, 1), plan(family, 2)
+        if twins:
+            right = right._replace(gateway=left.gateway, machines=left.machines, network=left.network)
+        self._plans = left, right
         self._one_lan = one_lan
         self._stack = ExitStack()
 
@@ -204,7 +215,7 @@ def _rules(kind: Kind, machine: str) -> str:
         table inet nat {{
             chain pass {{
                 type filter hook forward priority filter; policy {"accept" if kind == "none" else "drop"};
-                {"meta l4proto udp drop" if kind == "udpblocked" else ""}
+                {'oifname "wan" meta l4proto udp drop' if kind == "udpblocked" else ""}
                 ct state established,related accept
                 ct status dnat accept
                 iifname "lan" accept

@@ -11,32 +11,45 @@ import sys
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TypeVar, assert_never
 
 import msgspec
 from msgspec import Struct
 
-from shared.channel import Channel
+from shared.channel import Channel, upgrade
+from shared.channel.nat import hopeless
 from shared.channel.upgrade import OPENING
 from shared.identity import Identity, PeerId
-from shared.protocol import Path
+from shared.protocol import NatKind, Path
 from shared.relay_client import RelayClient
-from tests.harness.namespaces import Namespace
 from tests.harness.commands import ROOT, python
+from tests.harness.namespaces import Namespace
 from tests.shared.channel.ends import End, Got, numbered, until
 
 ANSWER_S = 30
 
 
 class Join(Struct, tag=True):
-    """Connect to a relay, as someone new. Answered by `Joined`."""
+    """Connect to a relay, as someone new. Answered by `Joined`.
+
+    Who is `stubborn` tries to open direct links even where it is known to be in vain.
+    """
 
     relay: str
+    stubborn: bool = False
 
 
 class Joined(Struct):
     id: PeerId
+
+
+class Look(Struct, tag=True):
+    """Wait until it is known what our router does. Answered by `Seen`."""
+
+
+class Seen(Struct):
+    nat: NatKind
 
 
 class Say(Struct, tag=True):
@@ -73,7 +86,7 @@ class Left(Struct):
     pass
 
 
-Command = Join | Say | Settle | Leave
+Command = Join | Look | Say | Settle | Leave
 Answer = TypeVar("Answer", bound=Struct)
 
 
@@ -84,8 +97,11 @@ class Participant:
         self._process = process
         self.id = PeerId("")
 
-    async def join(self, relay: str) -> None:
-        self.id = (await self._ask(Join(relay), Joined)).id
+    async def join(self, relay: str, *, stubborn: bool = False) -> None:
+        self.id = (await self._ask(Join(relay, stubborn), Joined)).id
+
+    async def look(self) -> NatKind:
+        return (await self._ask(Look(), Seen)).nat
 
     async def say(self, to: Participant) -> Said:
         return await self._ask(Say(to.id), Said)
@@ -115,17 +131,20 @@ async def participant(machine: Namespace) -> AsyncIterator[Participant]:
     try:
         yield Participant(process)
     finally:
-        if process.returncode is None:
+        # Closed input would end it too, but a test that failed may have left it waiting for something.
+        with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
 
 
 @asynccontextmanager
-async def met(one: Participant, other: Participant, relay: str) -> AsyncIterator[None]:
+async def met(
+    one: Participant, other: Participant, relay: str, *, stubborn: bool = False
+) -> AsyncIterator[None]:
     """Two participants at a relay, as strangers to each other; they leave it in the end."""
     try:
         for each in (one, other):
-            await each.join(relay)
+            await each.join(relay, stubborn=stubborn)
         yield
     finally:
         for each in (one, other):
@@ -147,7 +166,9 @@ class _Person:
     async def obey(self, command: Command) -> Struct:
         match command:
             case Join():
-                return await self._join(command.relay)
+                return await self._join(command.relay, command.stubborn)
+            case Look():
+                return await self._look()
             case Say():
                 return await self._say(command.to)
             case Settle():
@@ -158,13 +179,19 @@ class _Person:
             case _:
                 assert_never(command)
 
-    async def _join(self, relay: str) -> Joined:
+    async def _join(self, relay: str, stubborn: bool) -> Joined:
+        vars(upgrade)["hopeless"] = (lambda own, other: "") if stubborn else hopeless
         identity = Identity.generate()
         client = await self._stack.enter_async_context(RelayClient(relay, identity))
         self._end = End(identity, client)
         self._end.handle = self._echo
         await self._stack.enter_async_context(self._end.dialer)
         return Joined(identity.id)
+
+    async def _look(self) -> Seen:
+        dialer = self._end.dialer
+        await until(lambda: dialer.nat != "unknown")
+        return Seen(dialer.nat)
 
     async def _say(self, to: PeerId) -> Said:
         started = time.perf_counter()
