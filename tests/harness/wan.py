@@ -27,6 +27,7 @@ from typing import Generic, NamedTuple, Self, TypeVar
 
 import msgspec
 
+from shared.background import Background
 from tests.harness.commands import python, started
 from tests.harness.namespaces import Namespace, namespaces
 
@@ -262,35 +263,33 @@ class Proxy:
 
     async def tcp(self, to: int) -> int:
         """A port whose connections go to `to`."""
-        tasks: set[asyncio.Task[None]] = set()
+        tasks = Background()
+        writers = set()
 
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            tasks.add(task)
-            with suppress(OSError):
-                await self._join(reader, writer, to)
-            tasks.discard(task)
-
-        async def stop() -> None:
-            listening.close()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.add(writer)
+            tasks.start(self._join(reader, writer, to)).add_done_callback(lambda _: writer.close())
 
         listening = await asyncio.start_server(connected, "127.0.0.1", 0)
-        self._stack.push_async_callback(stop)
+        self._stack.callback(lambda: [writer.close() for writer in writers])
+        await self._stack.enter_async_context(tasks)
+        self._stack.callback(listening.close)
         port: int = listening.sockets[0].getsockname()[1]
         return port
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, to: int) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", to)
+        """Both directions of a connection, until both have ended or one of them fails."""
+        try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", to)
+        except OSError:
+            return
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._there.stream(reader, far_writer))
                 tasks.create_task(self._back.stream(far_reader, writer))
+        except* OSError:
+            pass
         finally:
-            writer.close()
             far_writer.close()
 
 

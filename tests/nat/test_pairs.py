@@ -60,7 +60,8 @@ async def test_two_homes_without_a_way_know_it_and_stay_on_the_relay(
     lab.right.router.become(other)
     ann, bob = pair
     async with met(ann, bob, lab.relay_url):
-        assert await asyncio.gather(ann.look(), bob.look()) == [SHOWN_AS[one], SHOWN_AS[other]]
+        shown = await asyncio.gather(ann.look(), bob.look())
+        assert (shown[0], shown[1]) == (SHOWN_AS[one], SHOWN_AS[other])
         why = await chat_and_stay_relayed(ann, bob)
     assert all("symmetric" in words or "no UDP" in words for words in why), why
 
