@@ -121,11 +121,12 @@ async def test_a_stream_crosses_a_proxy_whole_and_no_faster_than_its_line() -> N
 
 
 async def test_leaving_a_proxy_ends_its_connections() -> None:
-    async with await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0) as far:
+    reached = asyncio.Event()
+    async with await asyncio.start_server(lambda reader, writer: reached.set(), "127.0.0.1", 0) as far:
         async with Proxy(Line()) as proxy:
             port = await proxy.tcp(to=far.sockets[0].getsockname()[1])
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"hello")
+            await reached.wait()
         async with asyncio.timeout(5):
             assert await reader.read() == b""
         writer.close()
@@ -223,8 +224,14 @@ def script(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-S", "-c", code, *arguments]
 
 
+@pytest.fixture
+def needs_namespaces() -> None:
+    if why := why_unavailable():
+        pytest.skip(why)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "-")
+@pytest.mark.usefixtures("needs_namespaces")
 @pytest.mark.parametrize(
     ("line", "size"),
     [
@@ -243,13 +250,13 @@ def test_two_namespaces_are_as_far_apart_as_asked_for(line: Line, size: int) -> 
         f" max {max(trips):.1f} ms, TCP {rate:.1f} Mbit/s"
     )
     # The quickest shows what the line does; the others also wait for a busy machine.
-    assert line.round_trip_ms <= min(trips) < line.round_trip_ms + 2 * line.jitter_ms + 2
+    assert line.round_trip_ms <= min(trips) < line.round_trip_ms + 2 * line.jitter_ms + 10
     if line.rate_mbit:
-        assert 0.4 * line.rate_mbit < rate < line.rate_mbit
+        assert 0.25 * line.rate_mbit < rate < line.rate_mbit
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(why_unavailable()), reason=why_unavailable() or "-")
+@pytest.mark.usefixtures("needs_namespaces")
 def test_a_lossy_line_loses_packets_between_namespaces() -> None:
     with Wan(Line(loss=0.3, seed=4)) as wan:
         trips, lost = trips_ms(wan, 40)

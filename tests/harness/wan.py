@@ -264,14 +264,12 @@ class Proxy:
     async def tcp(self, to: int) -> int:
         """A port whose connections go to `to`."""
         tasks = Background()
-        writers = set()
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writers.add(writer)
+            self._stack.callback(writer.close)
             tasks.start(self._join(reader, writer, to)).add_done_callback(lambda _: writer.close())
 
         listening = await asyncio.start_server(connected, "127.0.0.1", 0)
-        self._stack.callback(lambda: [writer.close() for writer in writers])
         await self._stack.enter_async_context(tasks)
         self._stack.callback(listening.close)
         port: int = listening.sockets[0].getsockname()[1]
