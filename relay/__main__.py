@@ -92,6 +92,17 @@ def relay(
             show_default="same number as --port",
         ),
     ] = None,
+    second_stun_port: Annotated[
+        int | None,
+        typer.Option(
+            show_envvar=False,
+            envvar=_variables("SECOND_STUN_PORT"),
+            min=0,
+            max=65535,
+            help="UDP port for STUN by which peers tell what their routers do; 0 takes a free one.",
+            show_default="the number after --stun-port",
+        ),
+    ] = None,
     database: Annotated[
         Path | None,
         typer.Option(
@@ -209,6 +220,7 @@ def relay(
         origins=tuple(origin or ()),
         stun=stun,
         stun_port=stun_port,
+        second_stun_port=second_stun_port,
         database=database or data_directory() / "relay.sqlite",
         proxies=(*DEFAULTS.proxies, *(proxy or ())),
         max_participants=max_participants,

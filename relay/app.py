@@ -18,7 +18,7 @@ from relay.participants import Participant
 from relay.sessions import MEETING, serve
 from relay.settings import RelaySettings
 from relay.status import SwarmPage, about, health
-from relay.stun import stun_responder
+from relay.stun import stun_responders
 from relay.tables import written_behind
 from shared.errors import SettingsError
 from shared.protocol import Restarting
@@ -101,7 +101,7 @@ class Relay:
     @property
     def stun_port(self) -> int:
         """UDP port of the STUN responder; 0 without one."""
-        return self.meeting.stun_port
+        return self.meeting.stun_ports[0]
 
     @property
     def url(self) -> str:
@@ -126,11 +126,19 @@ async def _in_background(app: web.Application) -> AsyncIterator[None]:
             meeting.restore(entries)
         if settings.stun:
             wanted = settings.port if settings.stun_port is None else settings.stun_port
-            meeting.stun_port = await stack.enter_async_context(stun_responder(settings.host, wanted))
+            second = settings.second_stun_port
+            meeting.stun_ports = await stack.enter_async_context(
+                stun_responders(settings.host, wanted, _port_after(wanted) if second is None else second)
+            )
         # Not a TaskGroup: aiohttp may end the application from another task than it started in.
         tasks = [asyncio.create_task(work) for work in (meeting.tell_news(), meeting.tidy(), meeting.weigh())]
         stack.push_async_callback(_stop, tasks)
         yield
+
+
+def _port_after(port: int) -> int:
+    """0, which takes a free one, stays 0."""
+    return port + 1 if 0 < port < 65535 else 0
 
 
 async def _stop(tasks: list[asyncio.Task[None]]) -> None:

@@ -63,7 +63,7 @@ class Meeting:
         self.connections = 0
         """WebSockets that are open, logged in or not yet."""
         self.limits = Limits(settings)
-        self.stun_port = 0
+        self.stun_ports = 0, 0
         self.writer: WriteBehind | None = None
         self.counts = Counts()
         self.frames = FrameCounts()

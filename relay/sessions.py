@@ -170,7 +170,7 @@ class _Session:
 
     async def run(self, seen: str) -> None:
         async with self._present():
-            await self._me.send(Welcome(address=seen[:64], stun_port=self._meeting.stun_port))
+            await self._me.send(Welcome(seen[:64], *self._meeting.stun_ports))
             async for received in self._socket:
                 self._me.heard_at = time.monotonic()
                 if received.type is aiohttp.WSMsgType.BINARY:

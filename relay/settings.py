@@ -38,6 +38,8 @@ class RelaySettings(Struct, frozen=True, kw_only=True):
     stun: bool = True
     stun_port: int | None = None
     """UDP port of the STUN responder; None takes the number of `port`."""
+    second_stun_port: int | None = None
+    """Another one, by which symmetric NATs show; None takes the next number."""
     database: Path | None = None
     """Where announcements outlive a restart; None keeps them in memory only."""
 

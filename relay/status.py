@@ -54,7 +54,7 @@ async def health(request: web.Request) -> web.Response:
                 "status": "ok",
                 "participants": len(meeting.participants),
                 "announcements": len(meeting.registry),
-                "stun_port": meeting.stun_port,
+                "stun_port": meeting.stun_ports[0],
                 "unwritten": meeting.writer.waiting if meeting.writer else 0,
                 "logins": counts.logins,
                 "refused_logins": counts.refused_logins,

@@ -122,10 +122,11 @@ class Login(Struct, frozen=True, tag="login"):
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):
-    """Logged in. `address` is where the relay sees you; STUN answers at its host on `stun_port`."""
+    """Logged in. `address` is where the relay sees you; STUN answers at its host on two ports, 0 for none."""
 
     address: Name
     stun_port: Annotated[int, Meta(ge=0, le=65535)]
+    second_stun_port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 
 class Announce(Struct, frozen=True, tag="announce"):
@@ -189,10 +190,16 @@ FromRelay = Challenge | Welcome | Found | Signal | Gone | Denied | Restarting
 # ---------------------------------------------------------------- channel wire
 
 
+NatKind = Literal["unknown", "open", "cone", "restricted", "symmetric", "blocked"]
+"""What the router before a machine does to UDP: hides nothing; gives each socket one public port, open to all
+ports of those it wrote to; lets in only answers; uses another port for each destination; stops it all."""
+
+
 class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     """How to reach me directly: ICE credentials and candidates (RFC 8839), DTLS fingerprint (RFC 8122).
 
     Both sides send one for each attempt; the dialler counts the attempts. Without candidates: not at all.
+    `nat` and `seen`, where the relay sees me, tell when an attempt would be in vain.
     """
 
     attempt: Count
@@ -200,12 +207,18 @@ class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     password: Name
     fingerprint: Annotated[str, Meta(max_length=200)]
     candidates: Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=32)]
+    nat: NatKind = "unknown"
+    seen: Name = ""
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """Are you there? Answered on the same link, so its time is that link's round trip."""
+    """Are you there? Answered on the same link, so its time is that link's round trip.
+
+    With `deaf`, I do not hear you on the direct link any more: leave it, as I did.
+    """
 
     number: Count
+    deaf: bool = False
 
 
 class Pong(Struct, frozen=True, tag="pong"):

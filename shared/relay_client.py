@@ -107,6 +107,8 @@ class RelayClient:
         self.connected = asyncio.Event()
         self.stun: tuple[str, int] | None = None
         """Host and port of the relay's STUN responder, once connected."""
+        self.second_stun_port = 0
+        """Where it answers too, so that we can learn what our router does; 0 when it does not."""
         self.address = ""
         """Where the relay sees us, once connected."""
         self.login_ms: float | None = None
@@ -333,6 +335,7 @@ class RelayClient:
         self.address = welcome.address
         host = self._ws_url.host
         self.stun = (host, welcome.stun_port) if host and welcome.stun_port else None
+        self.second_stun_port = welcome.second_stun_port
         if self._last_announcement is not None:
             link.post(Announce(self._last_announcement))
         for model in dict.fromkeys(model for model, _ in self._watchers):

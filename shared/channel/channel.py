@@ -118,6 +118,7 @@ class Channel:
         self._upgrade = Upgrade(
             make=make_direct and (lambda: make_direct(relayed.stun, self.received, self._pump)),
             limit=direct_limit,
+            whereabouts=relayed.whereabouts,
             dialled=dialled,
             send=lambda message: self._tell(relayed, message),
             use=self._use_direct,
@@ -141,6 +142,13 @@ class Channel:
         """What carries messages now."""
         link = self._link
         return "relayed" if link is None else link.path
+
+    @property
+    def why_relayed(self) -> str:
+        """Why messages do not go directly, in words; empty while they do."""
+        if self.path == "direct":
+            return ""
+        return "the direct link does not answer" if self.direct is not None else self._upgrade.why_relayed
 
     @property
     def rtt_ms(self) -> float | None:
@@ -329,6 +337,8 @@ class Channel:
     def _told(self, link: Link, message: ChannelMessage) -> None:
         match message:
             case Ping():
+                if message.deaf and self._trusted and self.direct is not None:
+                    self._leave_direct(self.direct)
                 # A link that is behind answers no pings, so nobody can fill our memory with answers.
                 if link.ready:
                     pong = Pong(message.number, self._inbound.received, self._inbound.settle())
@@ -394,10 +404,13 @@ class Channel:
             self.end("its direct link ended, and it is at no relay", bye=False)
 
     def _leave_direct(self, link: DirectLink) -> None:
-        """From now on by the relay, beginning with what the direct link may not have delivered."""
+        """From now on by the relay, beginning with what the direct link may not have delivered.
+
+        The other side hears of it: it may still hear us directly, and would go on speaking to deaf ears.
+        """
         self._trusted = False
         self._outbound.link_lost(link)
-        self._ping(self.relayed)
+        self._ping(self.relayed, deaf=True)
         self._pump()
 
     # ------------------------------------------------------------ the relays
@@ -459,10 +472,10 @@ class Channel:
             for link in self._links():
                 self._ping(link)
 
-    def _ping(self, link: Link) -> None:
+    def _ping(self, link: Link, *, deaf: bool = False) -> None:
         """Ask, even over a link that is behind: what makes it so may be that nobody is there."""
         if not self.closed.is_set():
-            self._tell(link, Ping(link.pinged(time.perf_counter())))
+            self._tell(link, Ping(link.pinged(time.perf_counter()), deaf))
 
     def _tick(self) -> None:
         pace = self._pace

@@ -11,9 +11,12 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
+from shared.channel.nat import hopeless
 from shared.channel.webrtc import DirectLink
 from shared.errors import ConnectionLost, ProtocolError
-from shared.protocol import Describe
+from shared.protocol import Describe, NatKind
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,8 @@ RETRY_S = 60.0
 RETRY_LOST_S = 10.0
 # The other side may ask for attempts without end; each costs sockets.
 PAUSE_S = 2.0
+
+OPENING = "a direct link is being opened"
 
 T = TypeVar("T")
 
@@ -36,6 +41,7 @@ class Upgrade:
         *,
         make: Callable[[], DirectLink] | None,
         limit: asyncio.Semaphore,
+        whereabouts: Callable[[], tuple[NatKind, str]],
         dialled: bool,
         send: Callable[[Describe], None],
         use: Callable[[DirectLink], None],
@@ -44,6 +50,7 @@ class Upgrade:
     ) -> None:
         self._make = make
         self._limit = limit
+        self._whereabouts = whereabouts
         self._dialled = dialled
         self._send = send
         self._use = use
@@ -53,6 +60,8 @@ class Upgrade:
         self._described = asyncio.Event()
         self._attempt = 0
         self._link: DirectLink | None = None
+        self.why_relayed = OPENING
+        """Why there is no direct link, in words; of no meaning while there is one."""
 
     def described(self, message: Describe) -> None:
         """The other side told how to reach it. A newer attempt of its means that the current one is over."""
@@ -69,6 +78,7 @@ class Upgrade:
     async def run(self) -> None:
         """Try until cancelled, or until it is clear that the other side wants no direct link."""
         if self._make is None:
+            self.why_relayed = "this side wants no direct links"
             if self._dialled:
                 self._send(_nowhere(1))
             return
@@ -84,15 +94,23 @@ class Upgrade:
     async def _try(self, make: Callable[[], DirectLink]) -> bool:
         """One attempt, and the life of its link. True when there was one."""
         link = self._link = make()
+        self.why_relayed = OPENING
         try:
             async with self._limit:
-                self._send(await to_the_end(link.describe(self._attempt)))
-                await link.open(await self._their_description())
+                nat, seen = self._whereabouts()
+                own = replace(await to_the_end(link.describe(self._attempt)), nat=nat, seen=seen)
+                self._send(own)
+                other = await self._their_description()
+                if why := hopeless(own, other):
+                    raise ConnectionLost(why)
+                await link.open(other)
             self._use(link)
             await link.lost.wait()
+            self.why_relayed = "the direct link was lost"
             return True
         except (ConnectionLost, ProtocolError, OSError) as error:
             log.info("attempt %d at a direct link: %s", self._attempt, error)
+            self.why_relayed = str(error)
             return False
         finally:
             self._link = None

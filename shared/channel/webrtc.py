@@ -150,7 +150,7 @@ class DirectLink(Link):
 
     @property
     def ready(self) -> bool:
-        return self._channel.bufferedAmount < BUFFER_BYTES and self._channel.readyState == "open"
+        return self._alive and self._channel.bufferedAmount < BUFFER_BYTES
 
     @property
     def overrun(self) -> bool:
@@ -158,8 +158,13 @@ class DirectLink(Link):
         return self._sctp._advertised_rwnd <= 0
 
     def send(self, frame: bytes) -> None:
-        if self._channel.readyState == "open":
+        if self._alive:
             self._channel.send(frame)
+
+    @property
+    def _alive(self) -> bool:
+        # When DTLS has ended, aiortc still calls the data channel open and fails in a task of its own.
+        return self._channel.readyState == "open" and not self.lost.is_set()
 
     async def close(self) -> None:
         """Stop all three transports, so that no socket, timer or task of theirs is left."""

@@ -66,6 +66,7 @@ def test_help_names_every_option() -> None:
         "--origin",
         "--stun",
         "--stun-port",
+        "--second-stun-port",
         "--database",
         "--proxy",
         "--max-participants",

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from array import array
+from contextlib import ExitStack
 
 import pytest
 
@@ -88,6 +89,10 @@ async def test_megabytes_survive_the_switch_from_relayed_to_direct() -> None:
         assert there * 13_600 > 1_000_000
 
 
+# Silence is noticed after 0.6 s by whoever watches, after 7 s else.
+DEAF_S = 5.0
+
+
 @pytest.mark.parametrize("harm", [cut_direct, swallow_direct])
 async def test_a_stream_goes_on_by_the_relay_when_the_direct_link_dies(harm: object) -> None:
     async with ends() as (ann, bob):
@@ -102,6 +107,24 @@ async def test_a_stream_goes_on_by_the_relay_when_the_direct_link_dies(harm: obj
         assert paths[0] == "direct"
         assert paths[-1] == "relayed"
         assert channel.path == "relayed"
+
+
+@pytest.mark.parametrize("watchers", ["ann", "bob", "both"])
+async def test_a_direct_link_that_is_deaf_in_one_direction_is_left_by_both(watchers: str) -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        back = bob.channel_to(ann)
+        with ExitStack() as watching:
+            if watchers != "bob":
+                watching.enter_context(channel.watched())
+            if watchers != "ann":
+                watching.enter_context(back.watched())
+            swallow_direct(channel)
+            async with asyncio.timeout(DEAF_S):
+                for sender, receiver in ((channel, bob), (back, ann)):
+                    await send_numbers(sender, range(40))
+                    await expect_numbers(receiver, range(40))
+                await until(lambda: channel.path == back.path == "relayed")
 
 
 async def test_a_direct_channel_outlives_its_relay() -> None:
