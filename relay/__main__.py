@@ -14,6 +14,7 @@ from rich.console import Console
 
 from relay.app import Relay
 from relay.settings import RelaySettings
+from shared import event_loop
 from shared.logs import configure_logs
 from shared.settings import LogLevelOption, data_directory, run_command
 
@@ -111,7 +112,7 @@ def relay(
     )
     _allow_many_connections()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(settings))
+        event_loop.run(_run(settings))
 
 
 async def _run(settings: RelaySettings) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -111,7 +112,7 @@ def every_overtaken(distance: int, places: int) -> Fate:
 class LossyPath:
     """`async with LossyPath(...) as path`, then show each side what `path.between` makes of the other.
 
-    `delay_s` is that of one direction, `bytes_per_s` the rate of each with a queue of `queue_bytes` before it.
+    `delay_s` and `bytes_per_s` are those of one direction, with a queue of `queue_bytes` before it.
     """
 
     def __init__(
@@ -205,6 +206,7 @@ class _Line:
         self._bytes_per_s = bytes_per_s
         self._queue_s = queue_bytes / bytes_per_s if bytes_per_s else 0.0
         self._free_at = 0.0
+        self._on_way: deque[tuple[float, bytes]] = deque()
 
     def carry(self, datagram: bytes) -> None:
         fateful = self.fateful and datagram[0] == _APPLICATION_DATA
@@ -224,4 +226,15 @@ class _Line:
                 self.harmed += 1
                 return
             self._free_at = max(now, self._free_at) + len(datagram) / self._bytes_per_s
-        loop.call_at(max(now, self._free_at) + self._delay_s, self._exit.leave, datagram)
+        self._on_way.append((max(now, self._free_at) + self._delay_s, datagram))
+        if len(self._on_way) == 1:
+            loop.call_at(self._on_way[0][0], self._arrive)
+
+    def _arrive(self) -> None:
+        """One timer for all on the way: timers of their own would overtake each other by their rounding."""
+        loop = asyncio.get_running_loop()
+        # uvloop's clock counts milliseconds.
+        while self._on_way and self._on_way[0][0] <= loop.time() + 0.0005:
+            self._exit.leave(self._on_way.popleft()[1])
+        if self._on_way:
+            loop.call_at(self._on_way[0][0], self._arrive)

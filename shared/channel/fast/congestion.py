@@ -10,6 +10,8 @@ Times are seconds of any one clock, sizes are bytes of user data.
 
 from __future__ import annotations
 
+from collections import deque
+
 from shared.channel.fast.chunks import PAYLOAD_BYTES
 
 # A decode message of 16 KiB leaves in one flight, where the three packets of RFC 9260 take three round trips.
@@ -25,8 +27,13 @@ MOST_TIMEOUT_S = 4.0
 # Below this a busy machine answers late more often than a packet is lost.
 LEAST_PROBE_S = 0.02
 
-# A queue is felt when the round trip exceeds the least by a quarter and this.
-_QUEUE_S = 0.004
+# A queue is felt when even the least of the last eight round trips exceeds the least of all by a quarter,
+# within these bounds (RFC 9406 says an eighth, which a busy machine adds by itself).
+_SAMPLES = 8
+_LEAST_QUEUE_S = 0.004
+_MOST_QUEUE_S = 0.016
+# More loss than this in a round trip is not chance but a short queue that runs over.
+_CHANCE_LOSS = 0.08
 # A path may change: the least round trip counts for ten seconds.
 _LEAST_TRIP_AGE_S = 10.0
 _LEAST_SAMPLE_S = 0.02
@@ -34,17 +41,17 @@ _MOST_SAMPLE_S = 1.0
 
 
 class RoundTrips:
-    """The round trip as it is measured: smoothed (RFC 6298), latest, and the least of late."""
+    """The round trip as it is measured: smoothed (RFC 6298), the last few, the least of ten seconds."""
 
     def __init__(self) -> None:
         self.smoothed_s: float | None = None
-        self.latest_s = 0.0
         self.least_s: float | None = None
         self._variation_s = 0.0
         self._least_since = 0.0
+        self._latest: deque[float] = deque(maxlen=_SAMPLES)
 
     def measured(self, trip_s: float, now: float) -> None:
-        self.latest_s = trip_s
+        self._latest.append(trip_s)
         if self.smoothed_s is None:
             self.smoothed_s, self._variation_s = trip_s, trip_s / 2
         else:
@@ -55,8 +62,11 @@ class RoundTrips:
 
     @property
     def queue_felt(self) -> bool:
-        """Whether packets wait somewhere on the path, by the latest round trip."""
-        return self.least_s is not None and self.latest_s > 1.25 * self.least_s + _QUEUE_S
+        """Whether packets wait somewhere on the path, by the last few round trips."""
+        if self.least_s is None:
+            return False
+        allowed_s = min(_MOST_QUEUE_S, max(_LEAST_QUEUE_S, self.least_s / 4))
+        return min(self._latest) > self.least_s + allowed_s
 
     @property
     def timeout_s(self) -> float:
@@ -80,6 +90,8 @@ class Congestion:
         self._most_bytes = most_bytes
         self._slow_start_until_bytes = most_bytes
         self._acknowledged_bytes = 0
+        self._round_bytes = 0
+        self._round_lost_bytes = 0
         self._rate = 0.0
         self._rate_bytes = 0
         self._rate_since = 0.0
@@ -91,6 +103,7 @@ class Congestion:
     def acknowledged(self, size: int, now: float, *, held_back: bool) -> None:
         """`size` bytes arrived. A window that has not `held_back` the sender proves nothing, and stays."""
         self._measure_rate(size, now)
+        self._round_bytes += size
         if self.slow_start and self.trips.queue_felt and self.window_bytes > INITIAL_WINDOW_BYTES // 2:
             self._slow_start_until_bytes = self.window_bytes
         if not held_back:
@@ -106,15 +119,24 @@ class Congestion:
                 self.window_bytes += PAYLOAD_BYTES
         self.window_bytes = min(self.window_bytes, self._most_bytes)
 
-    def lost(self) -> None:
-        """Something was lost; to be told once for each round trip."""
-        half = max(self.window_bytes // 2, LEAST_WINDOW_BYTES)
-        self.window_bytes = self._slow_start_until_bytes = max(half, min(self._path_bytes, self.window_bytes))
-        self._acknowledged_bytes = 0
+    def lost(self, size: int) -> None:
+        """`size` bytes were lost."""
+        self._round_lost_bytes += size
+
+    def slow_down(self) -> None:
+        """Something was lost in this round trip; to be told once for each, after `lost`."""
+        # A decode message lost by chance should not make the next ones wait.
+        least = LEAST_WINDOW_BYTES if self.trips.queue_felt else min(INITIAL_WINDOW_BYTES, self.window_bytes)
+        half = max(self.window_bytes // 2, least)
+        path = self._path_bytes
+        if self._round_lost_bytes > _CHANCE_LOSS * (self._round_bytes + self._round_lost_bytes):
+            path = min(path, int(0.7 * self.window_bytes))
+        self.window_bytes = self._slow_start_until_bytes = max(half, min(path, self.window_bytes))
+        self._acknowledged_bytes = self._round_bytes = self._round_lost_bytes = 0
 
     def timed_out(self) -> None:
         """Nothing came back for a long time: start anew, quickly up to where a loss would have led."""
-        self.lost()
+        self.slow_down()
         self.window_bytes = LEAST_WINDOW_BYTES
 
     @property

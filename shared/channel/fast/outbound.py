@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from shared.channel.fast.chunks import FIRST, LAST, PAYLOAD_BYTES, Envelope, Sack, data_chunk, unwrapped
 from shared.channel.fast.congestion import MOST_TIMEOUT_S, Congestion
 
-# What leaves at once, or as much as was just acknowledged. aiortc's 4 packets cost 16 KiB three round trips.
+# What leaves at once, beside what was just acknowledged: more would run over a router's queue after a pause.
+# aiortc's 4 packets cost 16 KiB three round trips.
 BURST_BYTES = 32 * PAYLOAD_BYTES
 # Packets that overtake each other are not lost: the distance doubles when a packet was sent again needlessly.
 LEAST_REORDERING = 3
@@ -61,6 +62,7 @@ class Outbound:
         self._slowed_order = 0
         self._reordering = LEAST_REORDERING
         self._burst_bytes = BURST_BYTES
+        self._burst_since = 0.0
         self._probed = False
         self._needless_probes = 0
         self._timeouts = 0
@@ -79,14 +81,14 @@ class Outbound:
         self.next_tsn = tsn
         self.waiting_bytes += size
 
-    @property
-    def room_bytes(self) -> int:
+    def room_bytes(self, now: float) -> int:
         """How much more may leave now, not counting what waits already."""
-        return self._limit_bytes() - self.flight_bytes - self.waiting_bytes
+        return self._limit_bytes(now) - self.flight_bytes - self.waiting_bytes
 
     def transmit(self, now: float) -> list[bytes]:
         """The packets that may leave now, in order: lost ones first."""
-        limit = self._limit_bytes()
+        flight_bytes = self.flight_bytes
+        limit = self._limit_bytes(now)
         leaving: list[bytes] = []
         for queue in (self._lost, self._waiting):
             while queue and self.flight_bytes < limit:
@@ -101,7 +103,8 @@ class Outbound:
                     self.waiting_bytes -= packet.size
                 self._send(packet, now)
                 leaving.append(packet.bytes)
-        self._burst_bytes = BURST_BYTES
+        # What was acknowledged while there was nothing to send is not saved up.
+        self._burst_bytes = min(BURST_BYTES, self._burst_bytes - (self.flight_bytes - flight_bytes))
         if leaving and self.deadline is None:
             self._wait(now)
         return leaving
@@ -114,7 +117,6 @@ class Outbound:
         self._window_bytes = sack.window
         held_back = self.flight_bytes + PAYLOAD_BYTES > self.congestion.window_bytes
         arrived = [self._open.pop(tsn, None) for tsn in range(self._cumulative + 1, cumulative + 1)]
-        progress = cumulative > self._cumulative
         self._cumulative = cumulative
         if sack.gaps:
             arrived += self._beyond_gaps(sack)
@@ -127,10 +129,10 @@ class Outbound:
             self.congestion.acknowledged(
                 size, now, held_back=held_back and (not recovering or not self.congestion.trips.queue_felt)
             )
-            self._burst_bytes = max(BURST_BYTES, size)
+            self._burst_bytes = max(0, self._burst_bytes) + size
         if not self._open:
             self.deadline = None
-        elif progress:
+        elif size:
             self._wait(now)
 
     def expired(self, now: float) -> list[bytes]:
@@ -149,10 +151,20 @@ class Outbound:
         self._wait(now)
         return self.transmit(now)
 
-    def _limit_bytes(self) -> int:
+    def _limit_bytes(self, now: float) -> int:
         """How much may be on its way. One packet always, or a closed window would never be seen to open."""
+        self._refill_burst(now)
         window = max(self._window_bytes, PAYLOAD_BYTES)
         return min(self.flight_bytes + self._burst_bytes, self.congestion.window_bytes, window)
+
+    def _refill_burst(self, now: float) -> None:
+        """A burst may follow the last one as soon as the path has carried that, by the window's own rate."""
+        if self._burst_bytes < BURST_BYTES:
+            trip_s = self.congestion.trips.smoothed_s
+            rate = self.congestion.window_bytes / trip_s if trip_s else 0.0
+            refilled = self._burst_bytes + rate * (now - self._burst_since)
+            self._burst_bytes = BURST_BYTES if not self.flight_bytes else min(BURST_BYTES, int(refilled))
+        self._burst_since = now
 
     def _send(self, packet: Packet, now: float) -> None:
         self._order += 1
@@ -183,6 +195,7 @@ class Outbound:
 
     def _arrived(self, packets: Iterable[Packet | None], now: float) -> int:
         """Count them out, in bytes. The newest tells the round trip if it was sent once (Karn's rule)."""
+        least_s = self.congestion.trips.least_s or 0.0
         size, newest = 0, None
         for packet in packets:
             if packet is None:
@@ -190,11 +203,15 @@ class Outbound:
             size += packet.size
             if not packet.lost:
                 self.flight_bytes -= packet.size
+            # So soon after it was sent again it is the first sending that arrived (RFC 8985 §6.2 step 2).
+            if packet.sends > 1 and now - packet.sent_at < least_s:
+                continue
             if newest is None or packet.order > newest.order:
                 newest = packet
-        if newest is not None:
+        if size:
             self._probed = False
             self._timeouts = 0
+        if newest is not None:
             self._arrived_order = max(self._arrived_order, newest.order)
             if newest.sends == 1:
                 self.congestion.trips.measured(now - newest.sent_at, now)
@@ -214,12 +231,13 @@ class Outbound:
                 self._lost.append(packet)
         if slow_down:
             self._slowed_order = self._order
-            self.congestion.lost()
+            self.congestion.slow_down()
 
     def _lose(self, packet: Packet) -> None:
         if not packet.lost:
             packet.lost = True
             self.flight_bytes -= packet.size
+            self.congestion.lost(packet.size)
 
     def _sent_needlessly(self, count: int) -> None:
         probes = min(count, self._needless_probes)
@@ -232,7 +250,8 @@ class Outbound:
         self._probed = True
         self._needless_probes += 1
         packet = next(iter(self._open.values()))
-        self._lose(packet)
+        if not packet.lost:
+            self.flight_bytes -= packet.size
         packet.lost = False
         self._order += self._reordering
         self._send(packet, now)

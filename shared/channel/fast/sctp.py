@@ -152,7 +152,7 @@ class FastSctpTransport(RTCSctpTransport):
 
     def _take_messages(self, outbound: Outbound) -> None:
         """Cut as many messages as may leave now. What is cut cannot be overtaken any more, so no others."""
-        while self._data_channel_queue and outbound.room_bytes > 0:
+        while self._data_channel_queue and outbound.room_bytes(monotonic()) > 0:
             channel, protocol, payload = self._data_channel_queue.popleft()
             stream = self._stream_of(channel)
             sequence = self._outbound_stream_seq.get(stream, 0)
