@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from aiortc import (
@@ -18,7 +18,7 @@ from aiortc import (
 from aiortc.sdp import SessionDescription, candidate_to_sdp
 
 from shared.channel.upgrade import to_the_end
-from shared.channel.webrtc import Transports, best_transports, new_certificate
+from shared.channel.webrtc import Guard, Transports, best_transports, new_certificate
 
 MAX_MESSAGE_BYTES = 262_144
 
@@ -55,12 +55,12 @@ class OrtcSide:
         self.sctp.on("datachannel", self._announced)
         self.messages: asyncio.Queue[bytes | str] = asyncio.Queue()
         self._offers = offers
+        self._guards: Sequence[Guard] = []
 
     async def sdp(self) -> str:
         """How to reach this side, as an offer or an answer."""
         await self.gatherer.gather()
-        guards = self.transports.guard(self.gatherer._connection)
-        self.ice.on("statechange", lambda: [guard.release() for guard in guards])
+        self._guards = self.transports.guard(self.gatherer._connection)
         ice = self.gatherer.getLocalParameters()
         fingerprints = {f.algorithm: f.value for f in self.dtls.getLocalParameters().fingerprints}
         text = _SDP.format(
@@ -82,9 +82,12 @@ class OrtcSide:
         for candidate in media.ice_candidates:
             await self.ice.addRemoteCandidate(candidate)
         await self.ice.addRemoteCandidate(None)
+        assert media.ice is not None
+        assert media.dtls is not None
         await self.ice.start(media.ice)
         assert self.ice.state == "completed"
-        assert media.dtls is not None
+        for guard in self._guards:
+            guard.release()
         await self.dtls.start(media.dtls)
         assert self.dtls.state == "connected"
         await self.sctp.start(media.sctpCapabilities or RTCSctpCapabilities(65536), 5000)

@@ -22,8 +22,10 @@ LEAST_WINDOW_BYTES = 4 * PAYLOAD_BYTES
 # and one lost tail packet would stall an answer for as long.
 LEAST_TIMEOUT_S = 0.1
 FIRST_TIMEOUT_S = 1.0
-# An outage of minutes should not be prolonged by another.
-MOST_TIMEOUT_S = 4.0
+MOST_TIMEOUT_S = 60.0
+# Timeouts that follow each other double up to here: four packets a second burden no path, and an outage
+# should not prolong itself.
+MOST_BACKOFF_S = 1.0
 # Below this a busy machine answers late more often than a packet is lost.
 LEAST_PROBE_S = 0.02
 
@@ -74,6 +76,10 @@ class RoundTrips:
         if self.smoothed_s is None:
             return FIRST_TIMEOUT_S
         return min(MOST_TIMEOUT_S, max(LEAST_TIMEOUT_S, self.smoothed_s + 4 * self._variation_s))
+
+    def backed_off_s(self, timeouts: int) -> float:
+        """How long to wait after so many timeouts in a row (RFC 9260 §6.3.3 rule E2)."""
+        return max(self.timeout_s, min(MOST_BACKOFF_S, self.timeout_s * 2.0 ** min(timeouts, 10)))
 
     @property
     def probe_s(self) -> float:

@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "aioice.ice.StunProtocol": ("connection_lost", "datagram_received", "error_received"),
     "aioice.ice.CandidatePair": ("remote_addr",),
     "aiortc.RTCDataChannel": ("_addBufferedAmount", "_setId", "emit"),
-    "aiortc.RTCDtlsTransport": ("start", "state"),
+    "aiortc.RTCDtlsTransport": ("_write_ssl", "start", "state"),
     "aiortc.RTCSctpTransport": (
         "State",
         "_abort",

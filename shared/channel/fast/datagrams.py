@@ -105,13 +105,9 @@ class Port(asyncio.DatagramProtocol):
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         """The first datagram comes from the event loop, which would wake up again for each of the others."""
-        try:
-            self._sort(data, addr)
-            if self._reader is not None:
-                self.drain()
-        except Exception:
-            # Whatever a stranger sent, and whatever broke: the socket goes on.
-            log.exception("a datagram from %s was not understood", addr[0])
+        self._hear(data, addr)
+        if self._reader is not None:
+            self.drain()
 
     def error_received(self, exc: Exception) -> None:
         self._stun.error_received(exc)
@@ -135,6 +131,14 @@ class Port(asyncio.DatagramProtocol):
         early, self._early = list(self._early), deque(maxlen=MAX_EARLY)
         for data, address in early:
             self._dtls(data, address)
+
+    def _hear(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        try:
+            self._sort(data, addr)
+        except Exception as error:
+            # Whatever a stranger sent, and whatever broke: the datagrams after it are heard.
+            context = {"message": f"a datagram from {addr[0]} was not understood", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
 
     def _sort(self, data: bytes, addr: tuple[Any, ...]) -> None:
         if not data:
@@ -193,7 +197,7 @@ class Port(asyncio.DatagramProtocol):
                 break
             heard_bytes += len(data)
             reads += 1
-            self._sort(data, addr)
+            self._hear(data, addr)
         if self._reader is not None:
             self._reader.drained()
 

@@ -106,7 +106,7 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
             self._closed_by_remote()
         except SSL.Error:
             # Forged, repeated, or of a handshake whose end the other side did not hear: then we say it again.
-            self._answer()
+            self._flush()
         else:
             receiver = self._data_receiver
             if receiver is not None:
@@ -124,7 +124,15 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
             self._port, self._remote = port, pair.remote_addr
             port.feed(self)
 
-    def _answer(self) -> None:
+    async def _write_ssl(self) -> None:
+        # aiortc's own takes 1500 bytes and leaves the rest to spoil what is sent next.
+        if self._port is None:
+            await super()._write_ssl()
+        else:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send whatever OpenSSL has to say by itself, record by record."""
         assert self._ssl is not None
         with contextlib.suppress(SSL.Error, OSError):
             for record in pieces(self._ssl.bio_read(2 * MAX_SEND_BYTES)):

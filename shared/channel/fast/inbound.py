@@ -94,23 +94,23 @@ class Inbound:
 
     def _take(self, piece: Data) -> None:
         """The next piece in order: a message, or a part of one."""
-        parts, flags = self._parts, piece.flags
+        flags = piece.flags
         if flags & FIRST:
-            if parts:
+            if self._parts:
                 self._forget_parts()
             if flags & WHOLE == WHOLE:
                 self._deliver(piece.stream, piece.protocol, piece.payload)
                 return
             self._parts_of = (piece.stream, piece.protocol)
-        elif not parts or self._parts_of != (piece.stream, piece.protocol):
+        elif not self._parts or self._parts_of != (piece.stream, piece.protocol):
             # A part of a message that was given up; or nonsense.
             return
-        parts.append(piece.payload)
+        self._parts.append(piece.payload)
         self._parts_bytes += len(piece.payload)
         if self._parts_bytes > MAX_MESSAGE_BYTES:
             raise TooLong(f"a message on stream {piece.stream} exceeds {MAX_MESSAGE_BYTES} bytes")
         if flags & LAST:
-            message = b"".join(parts)
+            message = b"".join(self._parts)
             self._forget_parts()
             self._deliver(piece.stream, piece.protocol, message)
 

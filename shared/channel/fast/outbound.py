@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from shared.channel.fast.chunks import FIRST, LAST, PAYLOAD_BYTES, Envelope, Sack, data_chunk, unwrapped
-from shared.channel.fast.congestion import MOST_TIMEOUT_S, Congestion
+from shared.channel.fast.congestion import Congestion
 
 # What leaves at once, beside what was just acknowledged: more would run over a router's queue after a pause.
 # aiortc's 4 packets cost 16 KiB three round trips.
@@ -264,4 +264,4 @@ class Outbound:
         if not self._probed and not self._timeouts and trips.probe_s < trips.timeout_s:
             self.deadline = now + trips.probe_s
         else:
-            self.deadline = now + min(MOST_TIMEOUT_S, trips.timeout_s * 2**self._timeouts)
+            self.deadline = now + trips.backed_off_s(self._timeouts)

@@ -67,6 +67,7 @@ class FastSctpTransport(RTCSctpTransport):
         self._ours: Envelope | None = None
         self._theirs: Envelope | None = None
         self._pumping = False
+        self._complained = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._rto = FIRST_TIMEOUT_S
@@ -85,8 +86,10 @@ class FastSctpTransport(RTCSctpTransport):
             log.warning("the association ends: %s", error)
             self._hang_up()
         except Exception:
-            # aiortc's parsers raise whatever indexing and unpacking raise.
-            log.debug("a packet of %d bytes was not understood", len(packet), exc_info=True)
+            # aiortc's parsers raise whatever unpacking raises. Told once, since a peer could fill the log.
+            level = logging.DEBUG if self._complained else logging.WARNING
+            log.log(level, "a packet of %d bytes was not understood", len(packet), exc_info=True)
+            self._complained = True
 
     def batch_received(self) -> None:
         """All that lay in the socket has been heard: acknowledge it once, and send what has room now."""
@@ -118,9 +121,17 @@ class FastSctpTransport(RTCSctpTransport):
         if protocol == WEBRTC_BINARY:
             channel = self._data_channels.get(stream)
             if channel is not None:
-                channel.emit("message", message)
+                self._emit(channel, message)
         else:
             _run(self._receive(stream, protocol, message))
+
+    def _emit(self, channel: RTCDataChannel, message: bytes) -> None:
+        try:
+            channel.emit("message", message)
+        except Exception as error:
+            # A mistake of whoever listens, not of the peer: it surfaces as from any callback of the loop.
+            context = {"message": "a data channel's listener failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
 
     # What goes out.
 
@@ -129,24 +140,33 @@ class FastSctpTransport(RTCSctpTransport):
         most = self._remote_max_message_size
         if most and len(payload) > most:
             raise ValueError(f"a message of {len(payload)} bytes, but the other side takes {most}")
-        channel._addBufferedAmount(len(payload))
-        self._data_channel_queue.append((channel, protocol, payload))
-        self._pump()
+        outbound = self._ready
+        if outbound is not None and not self._data_channel_queue and outbound.room_bytes(monotonic()) > 0:
+            # It was never buffered, so nobody is told of room: senders do not expect that while they send.
+            self._cut(outbound, channel, protocol, payload)
+            self._transmit_all(outbound)
+        else:
+            channel._addBufferedAmount(len(payload))
+            self._data_channel_queue.append((channel, protocol, payload))
+
+    @property
+    def _ready(self) -> Outbound | None:
+        """Our sending half, unless the association is not open or someone further up is sending by it."""
+        usable = self._association_state == _State.ESTABLISHED and not self._pumping
+        return self._outbound if usable else None
 
     def _pump(self) -> None:
         """Send what has room. A handler that is told of room and sends more is served by the same loop."""
-        outbound = self._outbound
-        if outbound is None or self._pumping or self._association_state != _State.ESTABLISHED:
+        outbound = self._ready
+        if outbound is None:
             return
         self._pumping = True
         try:
             self._take_messages(outbound)
-            while packets := outbound.transmit(monotonic()):
-                self._dtls.send_packets(packets)
+            while self._transmit_all(outbound):
                 self._take_messages(outbound)
         finally:
             self._pumping = False
-        self._set_timer(outbound)
         if self._reconfig_queue:
             _run(self._transmit_reconfig())
 
@@ -154,13 +174,24 @@ class FastSctpTransport(RTCSctpTransport):
         """Cut as many messages as may leave now. What is cut cannot be overtaken any more, so no others."""
         while self._data_channel_queue and outbound.room_bytes(monotonic()) > 0:
             channel, protocol, payload = self._data_channel_queue.popleft()
-            stream = self._stream_of(channel)
-            sequence = self._outbound_stream_seq.get(stream, 0)
-            self._outbound_stream_seq[stream] = (sequence + 1) & 0xFFFF
-            outbound.append(stream, sequence, protocol, payload)
-            self._local_tsn = outbound.next_tsn & 0xFFFF_FFFF
+            self._cut(outbound, channel, protocol, payload)
             if protocol != WEBRTC_DCEP:
                 channel._addBufferedAmount(-len(payload))
+
+    def _cut(self, outbound: Outbound, channel: RTCDataChannel, protocol: int, payload: bytes) -> None:
+        stream = self._stream_of(channel)
+        sequence = self._outbound_stream_seq.get(stream, 0)
+        self._outbound_stream_seq[stream] = (sequence + 1) & 0xFFFF
+        outbound.append(stream, sequence, protocol, payload)
+        self._local_tsn = outbound.next_tsn & 0xFFFF_FFFF
+
+    def _transmit_all(self, outbound: Outbound) -> bool:
+        """Send what may leave; whether something did."""
+        packets = outbound.transmit(monotonic())
+        if packets:
+            self._dtls.send_packets(packets)
+        self._set_timer(outbound)
+        return bool(packets)
 
     def _stream_of(self, channel: RTCDataChannel) -> int:
         """The channel's stream; one that has none yet takes the next of our parity (RFC 8832 §6)."""

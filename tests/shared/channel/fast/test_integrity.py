@@ -24,7 +24,7 @@ FAST = best_transports()
 FATES: dict[str, Callable[[], Fate]] = {
     "every 50th lost": lambda: every_lost(50),
     "every 7th lost": lambda: every_lost(7),
-    "bursts of 20 in 200 lost": lambda: every_lost(200, 20),
+    "bursts of 12 in 200 lost": lambda: every_lost(200, 12),
     "tails lost": tails_lost,
     "two of three SACKs lost": lambda: sacks_lost(3),
     "every 5th repeated": lambda: every_repeated(5),
