@@ -79,7 +79,6 @@ class DirectPipe(Pipe):
             self._room.clear()
             await self._room.wait()
         self.send_now(message)
-        await asyncio.sleep(0)
 
     def send_now(self, message: bytes) -> None:
         self.link.send(_LENGTH.pack(len(message)) + message[:PIECE_BYTES])

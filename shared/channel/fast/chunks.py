@@ -105,6 +105,17 @@ def read_data(flags: int, body: bytes) -> Data:
     return Data(tsn, flags, stream, protocol, body[_DATA_BODY.size :])
 
 
+def only_data(packet: bytes) -> Data | None:
+    """The DATA chunk of a packet that has nothing else, as nearly all have: a third of the work of `chunks`."""
+    if packet[COMMON_HEADER_BYTES] or len(packet) <= COMMON_HEADER_BYTES + DATA_HEADER_BYTES:
+        return None
+    _, flags, size, tsn, stream, _, protocol = _DATA.unpack_from(packet, COMMON_HEADER_BYTES)
+    if size <= DATA_HEADER_BYTES or COMMON_HEADER_BYTES + size + (-size & 3) != len(packet):
+        return None
+    start = COMMON_HEADER_BYTES + DATA_HEADER_BYTES
+    return Data(tsn, flags, stream, protocol, packet[start : COMMON_HEADER_BYTES + size])
+
+
 def sack_chunk(cumulative: int, window: int, gaps: list[tuple[int, int]], duplicates: list[int]) -> bytes:
     """The bytes of a SACK chunk; all its parts are multiples of four bytes long."""
     size = CHUNK_HEADER_BYTES + _SACK_BODY.size + 4 * (len(gaps) + len(duplicates))

@@ -34,6 +34,7 @@ from shared.channel.fast.chunks import (
     Envelope,
     Sack,
     chunks,
+    only_data,
     read_data,
     read_sack,
     sack_chunk,
@@ -78,6 +79,9 @@ class FastSctpTransport(RTCSctpTransport):
         """A packet out of DTLS. Nothing that a peer can send raises."""
         try:
             if self._theirs is not None and self._theirs.fits(packet):
+                if (piece := only_data(packet)) is not None:
+                    self._data_received(piece)
+                    return
                 for kind, flags, body in chunks(packet):
                     self._chunk_received(kind, flags, body)
             else:
