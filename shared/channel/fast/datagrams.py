@@ -15,7 +15,7 @@ import socket
 import sys
 from collections import deque
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from aioice import stun
 from aioice.ice import Connection, StunProtocol
@@ -42,6 +42,8 @@ MAX_READS = 64
 # DTLS that arrives before ICE has agreed on an address: one flight of a handshake.
 MAX_EARLY = 16
 
+MAX_RUN_BYTES = 16384
+
 _DTLS_HEADER_BYTES = 13
 _STUN_HEADER_BYTES = 20
 
@@ -55,23 +57,51 @@ def is_dtls(datagram: bytes) -> bool:
     return 19 < datagram[0] < 64
 
 
-def pieces(datagrams: bytes) -> list[bytes]:
-    """Cut what the kernel joined: each DTLS record and each STUN message alone; what is neither stays whole.
+class Run(NamedTuple):
+    """DTLS records that follow each other, and their number; or something else, and none."""
 
-    OpenSSL reads at most 16 KiB at a time from a memory BIO, and forgets what it did not read, so it has to
-    be fed record by record anyway.
+    data: bytes
+    records: int
+
+
+def runs(datagrams: bytes) -> list[Run]:
+    """Cut what the kernel joined: runs of DTLS records, each STUN message alone; what is neither stays whole.
+
+    OpenSSL reads at most 16 KiB at a time from a memory BIO and forgets what it cuts, so no run is longer.
+    Fed by such runs it takes two thirds of the time that it takes record by record.
     """
-    found = []
-    place, size = 0, len(datagrams)
+    found: list[Run] = []
+    start = place = records = 0
+    size = len(datagrams)
     while place < size:
         first = datagrams[place]
-        if 19 < first < 64 and place + _DTLS_HEADER_BYTES <= size:
+        is_record = 19 < first < 64 and place + _DTLS_HEADER_BYTES <= size
+        if is_record:
             end = place + _DTLS_HEADER_BYTES + (datagrams[place + 11] << 8 | datagrams[place + 12])
         elif first < 4 and place + _STUN_HEADER_BYTES <= size:
             end = place + _STUN_HEADER_BYTES + (datagrams[place + 2] << 8 | datagrams[place + 3])
         else:
             end = size
-        found.append(datagrams[place:end])
+        if records and not (is_record and end - start <= MAX_RUN_BYTES):
+            found.append(Run(datagrams[start:place], records))
+            start, records = place, 0
+        if is_record:
+            records += 1
+        else:
+            found.append(Run(datagrams[place:end], 0))
+            start = end
+        place = end
+    if records:
+        found.append(Run(datagrams[start:place], records))
+    return found
+
+
+def records_of(run: bytes) -> list[bytes]:
+    """The records of a run, one by one."""
+    found, place = [], 0
+    while place + _DTLS_HEADER_BYTES <= len(run):
+        end = place + _DTLS_HEADER_BYTES + (run[place + 11] << 8 | run[place + 12])
+        found.append(run[place:end])
         place = end
     return found
 
@@ -79,8 +109,8 @@ def pieces(datagrams: bytes) -> list[bytes]:
 class Reader:
     """Who takes DTLS records in the fast way."""
 
-    def record(self, record: bytes) -> None:
-        """One record. Does not raise."""
+    def records(self, records: bytes, count: int) -> None:
+        """So many records that follow each other. Does not raise."""
         raise NotImplementedError
 
     def drained(self) -> None:
@@ -150,11 +180,11 @@ class Port(asyncio.DatagramProtocol):
             return
         if address == self.nominated():
             reader = self._reader
-            for piece in pieces(data):
-                if 19 < piece[0] < 64:
-                    reader.record(piece)
+            for run in runs(data):
+                if run.records:
+                    reader.records(run.data, run.records)
                 else:
-                    self._sort_one(piece, address)
+                    self._sort_one(run.data, address)
         else:
             self._sort_one(data, address)
 

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from aiortc import RTCDtlsParameters, RTCDtlsTransport
 from OpenSSL import SSL
 
-from shared.channel.fast.datagrams import MAX_SEGMENTS, MAX_SEND_BYTES, Address, Port, Reader, pieces
+from shared.channel.fast.datagrams import MAX_SEGMENTS, MAX_SEND_BYTES, Address, Port, Reader, records_of
 
 log = logging.getLogger(__name__)
 
@@ -88,29 +88,30 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
     def _send_records(self, records: bytes) -> None:
         record_bytes = _HEADER_BYTES + (records[11] << 8 | records[12])
         if self._port is not None:
-            self._port.send(records, record_bytes, self._remote)
-        else:
-            pair = self.transport._connection._nominated[1]
+            self._port.send(records, record_bytes, self._port.nominated() or self._remote)
+        elif (pair := self.transport._connection._nominated.get(1)) is not None:
             for place in range(0, len(records), record_bytes):
                 pair.protocol.transport.sendto(records[place : place + record_bytes], pair.remote_addr)
 
     # Reader: what the port calls.
 
-    def record(self, record: bytes) -> None:
-        ssl = self._ssl
+    def records(self, records: bytes, count: int) -> None:
+        ssl, receiver = self._ssl, cast(PacketReceiver | None, self._data_receiver)
         assert ssl is not None
-        try:
-            ssl.bio_write(record)
-            packet = ssl.recv(MAX_RECORD_BYTES)
-        except SSL.ZeroReturnError:
-            self._closed_by_remote()
-        except SSL.Error:
-            # Forged, repeated, or of a handshake whose end the other side did not hear: then we say it again.
-            self._flush()
-        else:
-            receiver = self._data_receiver
-            if receiver is not None:
-                cast(PacketReceiver, receiver).packet_received(packet)
+        ssl.bio_write(records)
+        # As many tries as records, whatever each of them was, so that none is left for the next time.
+        for _ in range(count):
+            try:
+                packet = ssl.recv(MAX_RECORD_BYTES)
+            except SSL.ZeroReturnError:
+                self._closed_by_remote()
+                return
+            except SSL.Error:
+                # Forged, repeated, or of a handshake whose end the other side did not hear: we say it again.
+                self._flush()
+            else:
+                if receiver is not None:
+                    receiver.packet_received(packet)
 
     def drained(self) -> None:
         if self._data_receiver is not None:
@@ -135,7 +136,7 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
         """Send whatever OpenSSL has to say by itself, record by record."""
         assert self._ssl is not None
         with contextlib.suppress(SSL.Error, OSError):
-            for record in pieces(self._ssl.bio_read(2 * MAX_SEND_BYTES)):
+            for record in records_of(self._ssl.bio_read(2 * MAX_SEND_BYTES)):
                 self._send_records(record)
 
     def _closed_by_remote(self) -> None:

@@ -90,19 +90,19 @@ class Outbound:
         flight_bytes = self.flight_bytes
         limit = self._limit_bytes(now)
         leaving: list[bytes] = []
-        for queue in (self._lost, self._waiting):
-            while queue and self.flight_bytes < limit:
-                packet = queue.popleft()
-                if packet.sends:
-                    # Acknowledged after all while it waited, or sent again as a probe.
-                    if not packet.lost or packet.tsn not in self._open:
-                        continue
-                    packet.lost = False
-                else:
-                    self._open[packet.tsn] = packet
-                    self.waiting_bytes -= packet.size
+        while self._lost and self.flight_bytes < limit:
+            packet = self._lost.popleft()
+            # Unless it was acknowledged after all while it waited, or sent again as a probe.
+            if packet.lost and packet.tsn in self._open:
+                packet.lost = False
                 self._send(packet, now)
                 leaving.append(packet.bytes)
+        while self._waiting and self.flight_bytes < limit:
+            packet = self._waiting.popleft()
+            self._open[packet.tsn] = packet
+            self.waiting_bytes -= packet.size
+            self._send(packet, now)
+            leaving.append(packet.bytes)
         # What was acknowledged while there was nothing to send is not saved up.
         self._burst_bytes = min(BURST_BYTES, self._burst_bytes - (self.flight_bytes - flight_bytes))
         if leaving and self.deadline is None:

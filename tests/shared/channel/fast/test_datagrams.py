@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.channel.fast import datagrams
-from shared.channel.fast.datagrams import MAX_EARLY, Port, pieces, stand_before
+from shared.channel.fast.datagrams import MAX_EARLY, MAX_RUN_BYTES, Port, records_of, runs, stand_before
 from shared.channel.fast.dtls import FastDtlsTransport
 from shared.channel.fast.sctp import FastSctpTransport
 from shared.channel.webrtc import Transports
@@ -34,15 +34,27 @@ def question() -> bytes:
 
 @given(st.lists(st.one_of(st.integers(0, 2000).map(record), st.builds(question)), max_size=8))
 def test_what_the_kernel_joined_is_cut_where_it_was_joined(joined: list[bytes]) -> None:
-    assert pieces(b"".join(joined)) == joined
+    cut = runs(b"".join(joined))
+
+    assert [piece for run in cut for piece in (records_of(run.data) if run.records else [run.data])] == joined
+    assert [run.records for run in cut if run.records] == [
+        len(records_of(run.data)) for run in cut if run.records
+    ]
+    assert all(len(run.data) <= MAX_RUN_BYTES for run in cut)
+
+
+def test_no_run_of_records_is_longer_than_openssl_reads() -> None:
+    cut = runs(record(1200) * 30)
+
+    assert [run.records for run in cut] == [13, 13, 4]
 
 
 @given(st.binary(max_size=3000))
 def test_nothing_of_a_datagram_is_lost_or_made_up(datagram: bytes) -> None:
-    cut = pieces(datagram)
+    cut = runs(datagram)
 
-    assert b"".join(cut) == datagram
-    assert all(cut)
+    assert b"".join(run.data for run in cut) == datagram
+    assert all(run.data for run in cut)
 
 
 def port_of(side: Side) -> Port:
@@ -122,14 +134,14 @@ async def test_dtls_of_a_stranger_is_not_heard() -> None:
     async with linked(FAST, FAST) as (ann, bob):
         port = port_of(ann)
         heard: list[bytes] = []
-        ann.link._dtls.record = heard.append  # type: ignore[attr-defined]
+        ann.link._dtls.records = lambda records, count: heard.append(records)  # type: ignore[attr-defined]
         port.datagram_received(record(100), STRANGER)
         assert heard == []
         nominated = port.nominated()
         assert nominated is not None
         port.datagram_received(record(100), nominated)
         assert heard == [record(100)]
-        del ann.link._dtls.record  # type: ignore[attr-defined]
+        del ann.link._dtls.records  # type: ignore[attr-defined]
         await bob.send(b"still here")
         assert await ann.got(1) == [b"still here"]
 
