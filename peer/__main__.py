@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from peer.lifecycle import Peer
 from peer.settings import DEMO_MODEL, PeerSettings
+from shared import event_loop
 from shared.errors import SettingsError
 from shared.identity import Identity, short
 from shared.logs import configure_logs
@@ -109,7 +110,7 @@ def peer(
     )
     key = Identity.load(identity) if identity is not None else Identity.generate()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(settings, key))
+        event_loop.run(_run(settings, key))
 
 
 async def _run(settings: PeerSettings, key: Identity) -> None:

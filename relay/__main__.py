@@ -15,6 +15,7 @@ from rich.console import Console
 from relay.app import Relay
 from relay.garbage import collect_seldom
 from relay.settings import UNLIMITED, Rate, RelaySettings
+from shared import event_loop
 from shared.background import Background
 from shared.logs import configure_logs
 from shared.settings import LogLevelOption, data_directory, parse_bytes, run_command
@@ -234,7 +235,7 @@ def relay(
     )
     _allow_many_connections()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(settings))
+        event_loop.run(_run(settings))
 
 
 async def _run(settings: RelaySettings) -> None:

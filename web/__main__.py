@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
+from shared import event_loop
 from shared.background import Background
 from shared.client.swarm_client import SwarmClient
 from shared.identity import Identity
@@ -83,7 +84,7 @@ def web(
         key = Identity.load(identity) if identity is not None else Identity.generate()
         opened = _gateway(settings, relay_urls(relay), key, direct=not relay_only)
     with suppress(KeyboardInterrupt):
-        asyncio.run(_until_signalled(_serve(opened, console)))
+        event_loop.run(_until_signalled(_serve(opened, console)))
 
 
 @asynccontextmanager

@@ -116,6 +116,8 @@ def swallow_direct(channel: Channel) -> None:
     assert channel.direct is not None
     for protocol in channel.direct._gatherer._connection._protocols:
         protocol.transport.sendto = lambda *_: None  # type: ignore[method-assign]
+    for guard in channel.direct._guards:
+        guard.send = lambda *_: None  # type: ignore[attr-defined]
 
 
 async def send_numbers(channel: Channel, numbers: range, size: int = 2000, pause_s: float = 0.0) -> None:
