@@ -124,6 +124,7 @@ class RelayedLink(Link):
     """Sealed frames by way of a relay."""
 
     path = "relayed"
+    kind = "relayed"
 
     def __init__(self, peer: PeerId, meetings: Sequence[Meeting], via: Meeting, keys: Keys) -> None:
         super().__init__()
@@ -153,6 +154,11 @@ class RelayedLink(Link):
     def stun(self) -> tuple[str, int] | None:
         """A STUN responder that both ends can reach: that of the relay in use."""
         return self._via.relay.stun if self._via else None
+
+    @property
+    def further(self) -> bytes:
+        """What the keys of the channel's sockets are made from."""
+        return self._keys.further
 
     @property
     def refused(self) -> int:

@@ -7,6 +7,7 @@ both make the first without being asked; later ones follow the dialler's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ RETRY_S = 60.0
 RETRY_LOST_S = 10.0
 # The other side may ask for attempts without end; each costs sockets.
 PAUSE_S = 2.0
+
+OPENING = "a direct link is being opened"
 
 T = TypeVar("T")
 
@@ -53,6 +56,13 @@ class Upgrade:
         self._described = asyncio.Event()
         self._attempt = 0
         self._link: DirectLink | None = None
+        self._again = asyncio.Event()
+        self.why_relayed = OPENING
+        """Why there is no direct link, in words; of no meaning while there is one."""
+
+    def retry(self) -> None:
+        """What failed may work now, or is needed again."""
+        self._again.set()
 
     def described(self, message: Describe) -> None:
         """The other side told how to reach it. A newer attempt of its means that the current one is over."""
@@ -69,6 +79,7 @@ class Upgrade:
     async def run(self) -> None:
         """Try until cancelled, or until it is clear that the other side wants no direct link."""
         if self._make is None:
+            self.why_relayed = "this side wants no direct links"
             if self._dialled:
                 self._send(_nowhere(1))
             return
@@ -84,15 +95,18 @@ class Upgrade:
     async def _try(self, make: Callable[[], DirectLink]) -> bool:
         """One attempt, and the life of its link. True when there was one."""
         link = self._link = make()
+        self.why_relayed = OPENING
         try:
             async with self._limit:
                 self._send(await to_the_end(link.describe(self._attempt)))
                 await link.open(await self._their_description())
             self._use(link)
             await link.lost.wait()
+            self.why_relayed = "the direct link was lost"
             return True
         except (ConnectionLost, ProtocolError, OSError) as error:
             log.info("attempt %d at a direct link: %s", self._attempt, error)
+            self.why_relayed = str(error)
             return False
         finally:
             self._link = None
@@ -114,11 +128,15 @@ class Upgrade:
     async def _next(self, pause_s: float) -> None:
         """Wait until another attempt is due: by the clock and while traffic flows, or when asked for."""
         if self._dialled:
-            while True:
+            await asyncio.sleep(PAUSE_S)
+            while not self._again.is_set():
                 before = self._traffic()
-                await asyncio.sleep(pause_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._again.wait()
                 if self._traffic() != before:
                     break
+            self._again.clear()
             self._attempt += 1
             return
         await asyncio.sleep(PAUSE_S)

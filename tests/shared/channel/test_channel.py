@@ -12,7 +12,7 @@ import pytest
 from relay.settings import RelaySettings
 from shared.channel import Channel, Priority
 from shared.channel import channel as channel_file
-from shared.channel.flow import WINDOW_BYTES
+from shared.channel.path_choice import WINDOW_START_BYTES as WINDOW_BYTES
 from shared.errors import ChannelClosed, ConnectionLost, ProtocolError
 from shared.identity import Identity
 from shared.protocol import MAX_BODY_BYTES, Path
