@@ -371,14 +371,16 @@ class Channel:
                 done = self._senders.pop(message)
                 if not done.done():
                     done.set_result(None)
-        if self._path is not None:
-            self._path.calm()
 
     def _consumed(self, received: int) -> None:
         """The peer consumed all up to this frame; when more waits, that tells what the path can do."""
         self._outbound.consumed(received)
         link = self._path
-        if link is not None and not self._outbound.idle and link.measure(time.perf_counter()):
+        if link is None:
+            return
+        if self._outbound.idle:
+            link.calm()
+        elif link.measure(time.perf_counter()):
             self._outbound.resize(window_bytes(link.goodput, link.least_rtt_ms))
 
     def _give_up(self, waiting: Splitter) -> None:

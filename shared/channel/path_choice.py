@@ -1,8 +1,8 @@
 """Which link carries a channel's frames, and how much may be under way there. Pure: values in, choice out.
 
-A direct link costs nobody else anything and outlives the relay, so it is preferred: it is taken as soon as it
-answers unless it is clearly worse, and left for the relay only when that is much better. Between the two lies
-a band in which nothing changes, and a path that was taken stays a while, so two alike paths do not alternate.
+A direct link costs nobody else anything and outlives the relay, so the most direct one is taken unless
+another is clearly faster, and left only for one that is much faster. Between the two lies a band in which
+nothing changes, and a path that was taken stays a while, so that two alike paths do not alternate.
 """
 
 from __future__ import annotations
@@ -50,28 +50,29 @@ def choose(ways: Sequence[Way], current: int | None, *, settled: bool) -> int | 
     if not trusted:
         # Nothing is known to work. The relay is where a peer that lost its direct link will be.
         return max(range(len(ways)), key=lambda index: (_PREFERENCE[ways[index].kind], index == current))
-    best = current if current in trusted else None
-    for index in sorted(trusted, key=lambda index: _PREFERENCE[ways[index].kind]):
-        if best is None or (index != best and _takes_over(ways[best], ways[index], settled=settled)):
-            best = index
-    return best
-
-
-def _takes_over(current: Way, other: Way, *, settled: bool) -> bool:
-    if _PREFERENCE[other.kind] < _PREFERENCE[current.kind]:
-        return not _clearly_better(current, other)
+    cost = _costs_ms([ways[index] for index in trusted])
+    fastest_ms = min(cost)
+    good = [index for index, ms in zip(trusted, cost, strict=True) if ms <= _clearly_more(fastest_ms)]
+    best = min(good, key=lambda index: (_PREFERENCE[ways[index].kind], index != current))
+    if current not in trusted or _PREFERENCE[ways[best].kind] < _PREFERENCE[ways[current].kind]:
+        return best
     # Twice the margin, so that what was just left is not taken back at once.
-    return settled and _clearly_better(other, current, times=2)
+    much_slower = cost[trusted.index(current)] > _clearly_more(_clearly_more(fastest_ms))
+    return best if settled and much_slower else current
 
 
-def _clearly_better(one: Way, other: Way, times: int = 1) -> bool:
-    if one.rtt_ms is None or other.rtt_ms is None:
-        return False
-    one_ms, other_ms = one.rtt_ms, other.rtt_ms
-    if one.goodput and other.goodput:
-        one_ms += WEIGHED_BYTES / one.goodput * 1000
-        other_ms += WEIGHED_BYTES / other.goodput * 1000
-    return one_ms * BETTER**times + BETTER_MS * times < other_ms
+def _costs_ms(ways: Sequence[Way]) -> list[float]:
+    """What a message costs on each. What was not measured counts as slow, and as wide, as any other."""
+    slowest_ms = max((way.rtt_ms for way in ways if way.rtt_ms is not None), default=0.0)
+    widest = max((way.goodput for way in ways if way.goodput), default=float("inf"))
+    return [
+        (slowest_ms if way.rtt_ms is None else way.rtt_ms) + WEIGHED_BYTES / (way.goodput or widest) * 1000
+        for way in ways
+    ]
+
+
+def _clearly_more(ms: float) -> float:
+    return ms * BETTER + BETTER_MS
 
 
 def window_bytes(goodput: float | None, rtt_ms: float | None) -> int:

@@ -155,7 +155,7 @@ class Sockets:
 
     async def _seek(self, interfaces: frozenset[Interface]) -> None:
         """One round of tries, unless there is a socket."""
-        if not self._dialled:
+        if not self._dialled and self._port is not None:
             await asyncio.sleep(SECOND_S)
         theirs = self._theirs
         if theirs is None or self.links:
