@@ -189,6 +189,7 @@ class Channel:
         self._settled_ticks = 0
         self._quiet_ticks = 0
         self._quiet = False
+        self._was_direct = False
         self._seen_traffic = 0
         self._proof = 0
         self._timer = self._loop.call_later(self._pace.tick_s, self._tick)
@@ -220,7 +221,7 @@ class Channel:
         """Why messages do not go directly, in words; empty while they do."""
         if self.path == "direct":
             return ""
-        if self._quiet:
+        if self._quiet and self._was_direct:
             return "nothing was said for a while; direct paths open again with the next message"
         if any(link.trusted for link in self.directs):
             return "the relay is much faster than the direct paths"
@@ -518,6 +519,7 @@ class Channel:
     def _use_direct(self, link: DirectPath) -> None:
         """A direct link opened; it carries messages once it has answered a ping."""
         self.directs.append(link)
+        self._was_direct = True
         self._ping(link)
 
     def _drop_direct(self, link: DirectPath) -> None:
@@ -668,7 +670,8 @@ class Channel:
                 self._upgrade.retry()
             return
         self._quiet_ticks += 1
-        if self._quiet_ticks >= self._pace.ticks(QUIET_S) and self.directs and self.relayed.up:
+        # Never the last path: without a relay nothing could bring another.
+        if self._quiet_ticks >= self._pace.ticks(QUIET_S) and self.relayed.up:
             self._quiet = True
             for link in self.directs:
                 link.lost.set()

@@ -159,7 +159,7 @@ class DirectLink(Link):
         return self._sctp._advertised_rwnd <= 0
 
     def send(self, frame: bytes) -> None:
-        if self._channel.readyState == "open":
+        if self._channel.readyState == "open" and not self.lost.is_set():
             self._channel.send(frame)
 
     async def close(self) -> None:

@@ -368,7 +368,12 @@ async def test_urgent_frames_go_both_ways_round_while_the_path_is_doubted(
         assert channel._path is not doubted
         carried: list[bytes] = []
         send = doubted.send
-        monkeypatch.setattr(doubted, "send", lambda frame: (carried.append(frame), send(frame)))
+
+        def note(frame: bytes) -> None:
+            carried.append(frame)
+            send(frame)
+
+        monkeypatch.setattr(doubted, "send", note)
         await channel.send(numbered(1), b"urgent", Priority.DECODE)
         await channel.send(numbered(2), b"not", Priority.PREFILL)
         assert [(await bob.got()).number for _ in range(2)] == [1, 2]

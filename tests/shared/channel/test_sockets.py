@@ -144,7 +144,12 @@ async def test_a_changed_network_is_tried_at_once(monkeypatch: pytest.MonkeyPatc
         await until(lambda: channel.socket is not None)
         back = bob.channel_to(ann)
         heard = back._sockets.told
-        monkeypatch.setattr(back._sockets, "told", lambda message: (told.append(message), heard(message)))
+
+        def listen(message: Listening) -> None:
+            told.append(message)
+            heard(message)
+
+        monkeypatch.setattr(back._sockets, "told", listen)
         cut_socket(channel)
         await until(lambda: channel.socket is None)
 
