@@ -382,7 +382,7 @@ class Channel:
         if self._outbound.idle:
             link.calm()
         elif link.measure(time.perf_counter()):
-            self._outbound.resize(window_bytes(link.goodput, link.least_rtt_ms))
+            self._outbound.resize(window_bytes(link.goodput, link.base_rtt_ms))
 
     def _give_up(self, waiting: Splitter) -> None:
         if self._senders.pop(waiting, None) is not None:
@@ -509,7 +509,7 @@ class Channel:
             self._doubted = None
         if path is not None:
             path.silent_ticks = 0
-            self._outbound.resize(window_bytes(path.goodput, path.least_rtt_ms))
+            self._outbound.resize(window_bytes(path.goodput, path.base_rtt_ms))
             log.info("messages to %s now go by the %s path", short(self.peer), path.kind)
         if before in links:
             before.calm()

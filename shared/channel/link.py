@@ -11,7 +11,6 @@ LinkKind = Literal["relayed", "data channel", "socket"]
 
 # More pings than this unanswered and the link is dead anyway.
 _PINGS = 16
-# The shortest of so many round trips: what a queue of our own adds comes and goes.
 _TRIPS = 8
 # A goodput is measured over at least so much.
 _MEASURED_BYTES = 128 * 1024
@@ -29,6 +28,8 @@ class Link(ABC):
         """The round trip, smoothed over some ten pings."""
         self.trusted = False
         """It answered a ping, and was not silent since."""
+        self.base_rtt_ms: float | None = None
+        """The shortest round trip ever: how far the peer is, without any queue."""
         self.silent_ticks = 0
         """Ticks of the channel since something arrived here."""
         self.carried = 0
@@ -58,7 +59,7 @@ class Link(ABC):
 
     @property
     def least_rtt_ms(self) -> float | None:
-        """The shortest of the last round trips: how far the peer is, without the queues of our own making."""
+        """The shortest of the last round trips: what a queue of our own adds comes and goes."""
         return min(self._trips, default=None)
 
     def pinged(self, now: float) -> int:
@@ -75,6 +76,7 @@ class Link(ABC):
             if found == number:
                 trip_ms = (now - sent_at) * 1000
                 self._trips.append(trip_ms)
+                self.base_rtt_ms = min(trip_ms, self.base_rtt_ms or trip_ms)
                 self.rtt_ms = trip_ms if self.rtt_ms is None else self.rtt_ms + (trip_ms - self.rtt_ms) / 8
                 return place
         return None
