@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from shared.channel.addresses import Listen
 from shared.errors import SettingsError
 
 DEMO_MODEL = str(Path(__file__).parent / "demo" / "corolla-demo")
@@ -33,6 +34,8 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: Dtype = "auto"
     direct: bool = True
+    listen: Listen | None = Listen()
+    """Where the other ends of channels may call, unless `direct` is off; None nowhere."""
 
 
 def parse_bytes(text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from shared.background import Background
+from shared.channel import PathReport
 from shared.client.directory import ServedModel
 from shared.identity import PeerId
 from shared.protocol import Announcement, Path
@@ -29,12 +30,13 @@ REMEMBERED = 2000
 def swarm_view(swarm: Swarm) -> Json:
     """The relay, every model that is served, and every live peer."""
     links = swarm.links()
+    paths = swarm.path_reports()
     models = swarm.directory.models()
     return {
         "relay": {"url": swarm.relay.url, "connected": swarm.relay.connected.is_set()},
         "models": [_model_view(model) for model in models],
         "peers": [
-            _peer_view(peer, *links.get(PeerId(peer.peer), (None, None)))
+            _peer_view(peer, *links.get(PeerId(peer.peer), (None, None)), report=paths.get(PeerId(peer.peer)))
             for model in models
             for peer in model.peers
         ],
@@ -53,7 +55,9 @@ def _model_view(model: ServedModel) -> Json:
     }
 
 
-def _peer_view(peer: Announcement, path: Path | None, rtt_ms: float | None) -> Json:
+def _peer_view(
+    peer: Announcement, path: Path | None, rtt_ms: float | None, *, report: PathReport | None
+) -> Json:
     return {
         "peer": peer.peer,
         "name": peer.name,
@@ -67,6 +71,7 @@ def _peer_view(peer: Announcement, path: Path | None, rtt_ms: float | None) -> J
         "kv_tokens_free": peer.kv_tokens_free,
         "path": path,
         "rtt_ms": rtt_ms if rtt_ms is None else round(rtt_ms, 1),
+        "path_words": None if report is None else report.words(),
     }
 
 

@@ -20,9 +20,9 @@ from shared.channel.link import Link, LinkKind, LinkPath
 from shared.channel.listening import ListeningPort
 from shared.channel.path_choice import Way, choose, window_bytes
 from shared.channel.relayed import Meeting, RelayedLink
-from shared.channel.sockets import Sockets
+from shared.channel.sockets import TRYING, Sockets
 from shared.channel.tcp import SocketLink
-from shared.channel.upgrade import Upgrade
+from shared.channel.upgrade import OPENING, Upgrade
 from shared.channel.webrtc import DirectLink
 from shared.errors import ChannelClosed, ProtocolError
 from shared.framing import (
@@ -106,9 +106,12 @@ class PathReport(NamedTuple):
     why: str
     """Why nothing better does, in words; empty when this is the best there is."""
 
-    @property
-    def path(self) -> LinkPath:
-        return "relayed" if self.kind == "relayed" else "direct"
+    def words(self) -> str:
+        """All of it in one line."""
+        figures = [] if self.rtt_ms is None else [f"{self.rtt_ms:.1f} ms there and back"]
+        if self.goodput is not None:
+            figures.append(f"{self.goodput / 1e6:.1f} MB/s")
+        return ", ".join([self.kind, *figures]) + (f" ({self.why})" if self.why else "")
 
 
 class Openings(NamedTuple):
@@ -230,6 +233,17 @@ class Channel:
         if self._sockets.why_none == self._upgrade.why_relayed:
             return self._upgrade.why_relayed
         return f"data channel: {self._upgrade.why_relayed}; socket: {self._sockets.why_none}"
+
+    @property
+    def seeking(self) -> bool:
+        """Whether attempts at direct links run, so that the path may soon be a better one."""
+        if self.closed.is_set():
+            return False
+        if self.socket is not None:
+            return not self.socket.trusted
+        if self._sockets.why_none == TRYING:
+            return True
+        return self._upgrade.why_relayed == OPENING and (self.direct is None or not self.direct.trusted)
 
     def report(self) -> PathReport:
         """What carries messages now, how well, and why nothing better does."""
@@ -382,7 +396,7 @@ class Channel:
         if self._outbound.idle:
             link.calm()
         elif link.measure(time.perf_counter()):
-            self._outbound.resize(window_bytes(link.goodput, link.base_rtt_ms))
+            self._resize(link)
 
     def _give_up(self, waiting: Splitter) -> None:
         if self._senders.pop(waiting, None) is not None:
@@ -509,12 +523,15 @@ class Channel:
             self._doubted = None
         if path is not None:
             path.silent_ticks = 0
-            self._outbound.resize(window_bytes(path.goodput, path.base_rtt_ms))
+            self._resize(path)
             log.info("messages to %s now go by the %s path", short(self.peer), path.kind)
         if before in links:
             before.calm()
             # What it still carries is known to be there, or lost, with the answer.
             self._ping(before)
+
+    def _resize(self, link: Link) -> None:
+        self._outbound.resize(window_bytes(Way(link.kind, link.trusted, link.base_rtt_ms, link.goodput)))
 
     def _use_direct(self, link: DirectPath) -> None:
         """A direct link opened; it carries messages once it has answered a ping."""

@@ -75,12 +75,14 @@ def _clearly_more(ms: float) -> float:
     return ms * BETTER + BETTER_MS
 
 
-def window_bytes(goodput: float | None, rtt_ms: float | None) -> int:
+def window_bytes(way: Way) -> int:
     """How much may be sent and not consumed: what keeps the path full, and little more.
 
     All that is under way delays a token that comes behind it, and fills the memory of both ends.
     """
-    if goodput is None or rtt_ms is None:
+    if way.goodput is None or way.rtt_ms is None:
         return WINDOW_START_BYTES
-    wanted = goodput * (1.5 * rtt_ms / 1000 + TURN_S)
-    return int(min(max(wanted, WINDOW_LEAST_BYTES), WINDOW_MOST_BYTES))
+    wanted = way.goodput * (1.5 * way.rtt_ms / 1000 + TURN_S)
+    # A relay holds so much for one slow reader, of all its channels together.
+    most = WINDOW_START_BYTES if way.kind == "relayed" else WINDOW_MOST_BYTES
+    return int(min(max(wanted, WINDOW_LEAST_BYTES), most))

@@ -83,6 +83,7 @@ class Sockets:
     def told(self, message: Listening) -> None:
         """The other side says where it listens, first or anew."""
         self._theirs = message
+        self.why_none = TRYING
         self._due.set()
 
     def retry(self) -> None:
@@ -161,7 +162,6 @@ class Sockets:
         if theirs is None or self.links:
             return
         addresses = worth_trying(theirs.addresses, interfaces)
-        self.why_none = TRYING
         if not await self._round(addresses, bytes.fromhex(theirs.ticket)):
             self.why_none = _why(theirs, addresses)
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from shared.background import Background
-from shared.channel import Channel, Dialer, Priority
+from shared.channel import Channel, Dialer, Listen, PathReport, Priority
 from shared.client.directory import Directory
 from shared.client.generation import Generation
 from shared.client.route_planner import Candidate, fill_route
@@ -49,12 +49,14 @@ class SwarmClient:
         async for event in swarm.generate(request): ...
     """
 
-    def __init__(self, identity: Identity, relay_url: str, *, direct: bool = True) -> None:
+    def __init__(
+        self, identity: Identity, relay_url: str, *, direct: bool = True, listen: Listen | None = None
+    ) -> None:
         self.identity = identity
         self.directory = Directory()
         self.relay = RelayClient(relay_url, identity)
         self._dialer = Dialer(
-            identity, self.relay, self._handle, on_closed=self._channel_closed, direct=direct
+            identity, self.relay, self._handle, on_closed=self._channel_closed, direct=direct, listen=listen
         )
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
@@ -155,6 +157,10 @@ class SwarmClient:
     def links(self) -> dict[PeerId, tuple[Path, float | None]]:
         """Open channels: what carries each now, and its round trip in ms when measured."""
         return {peer: (channel.path, channel.rtt_ms) for peer, channel in self._dialer.channels.items()}
+
+    def path_reports(self) -> dict[PeerId, PathReport]:
+        """Open channels: what carries each now, and why nothing better does."""
+        return {peer: channel.report() for peer, channel in self._dialer.channels.items()}
 
     async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
         match message:

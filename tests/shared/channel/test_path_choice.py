@@ -111,11 +111,12 @@ def test_two_paths_whose_times_tremble_do_not_alternate(
 
 @given(st.floats(1e3, 1e9), st.floats(0.01, 1000))
 def test_the_window_keeps_the_path_full_and_little_more(goodput: float, rtt_ms: float) -> None:
-    window = window_bytes(goodput, rtt_ms)
+    window = window_bytes(way("socket", rtt_ms, goodput))
     on_the_way = goodput * rtt_ms / 1000
 
     assert WINDOW_LEAST_BYTES <= window <= WINDOW_MOST_BYTES
     assert window >= min(on_the_way, WINDOW_MOST_BYTES - 1)
+    assert window_bytes(way("relayed", rtt_ms, goodput)) == min(window, WINDOW_START_BYTES)
     if window > WINDOW_LEAST_BYTES:
         assert window / goodput <= 1.5 * rtt_ms / 1000 + 0.0051
 
@@ -124,4 +125,5 @@ def test_the_window_keeps_the_path_full_and_little_more(goodput: float, rtt_ms: 
 def test_a_path_that_was_not_measured_begins_with_half_a_megabyte(
     known: tuple[float | None, float | None],
 ) -> None:
-    assert window_bytes(*known) == WINDOW_START_BYTES == 512 * 1024
+    goodput, rtt_ms = known
+    assert window_bytes(way("data channel", rtt_ms, goodput)) == WINDOW_START_BYTES == 512 * 1024
