@@ -37,7 +37,7 @@ class RelaySettings(Struct, frozen=True, kw_only=True):
     announcements_burst: float = 20.0
     max_watches: int = 16
 
-    # What waits for one slow reader. A channel may have 512 KiB on its way, and one peer has channels to
+    # What waits for one slow reader. A channel may have 512 KiB on its way here, and one peer has channels to
     # many; beyond this, frames to it are dropped and their senders told, so nobody else ever waits.
     frame_backlog_bytes: int = 4 * 1024 * 1024
     # Control messages are never dropped one by one: a reader this far behind is disconnected instead.

@@ -221,7 +221,7 @@ class Channel:
 
     @property
     def why_relayed(self) -> str:
-        """Why messages do not go directly, in words; empty while they do."""
+        """Why messages do not go directly, in words; empty while they do. Of sockets `report` tells too."""
         if self.path == "direct":
             return ""
         if self._quiet and self._was_direct:
@@ -230,9 +230,7 @@ class Channel:
             return "the relay is much faster than the direct paths"
         if self.directs:
             return "the direct link does not answer"
-        if self._sockets.why_none == self._upgrade.why_relayed:
-            return self._upgrade.why_relayed
-        return f"data channel: {self._upgrade.why_relayed}; socket: {self._sockets.why_none}"
+        return self._upgrade.why_relayed
 
     @property
     def seeking(self) -> bool:
@@ -251,8 +249,11 @@ class Channel:
         if link is None:
             return PathReport("relayed", None, None, "no relay has the peer, and no direct path is open")
         why = self.why_relayed
+        no_socket = "the socket is slower" if self.socket else f"socket: {self._sockets.why_none}"
         if link.kind == "data channel":
-            why = "the socket is slower" if self.socket is not None else f"socket: {self._sockets.why_none}"
+            why = no_socket
+        elif why == self._upgrade.why_relayed != self._sockets.why_none:
+            why = f"data channel: {why}; {no_socket}"
         return PathReport(link.kind, link.rtt_ms, link.goodput, why)
 
     async def send(

@@ -15,7 +15,15 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from shared.channel.addresses import MAX_ADDRESSES, Address, Interface, Listen, own_addresses, resolved
+from shared.channel.addresses import (
+    MAX_ADDRESSES,
+    Address,
+    Interface,
+    Listen,
+    aimless,
+    own_addresses,
+    resolved,
+)
 from shared.channel.tcp import HELLO_BYTES, LENGTH, NONCE_BYTES, TAG_AT
 from shared.errors import SettingsError
 
@@ -39,6 +47,8 @@ class ListeningPort:
         """Connections that were no hello of a channel, or one too many."""
         self.half_open: Counter[str] = Counter()
         """Connections without a hello yet, by network."""
+        self.callers: set[_Caller] = set()
+        """The same, one by one."""
         self._listen = listen
         self._expected: dict[bytes, Welcome] = {}
         self._server: asyncio.Server | None = None
@@ -62,15 +72,17 @@ class ListeningPort:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        for caller in tuple(self.callers):
+            caller.turn_away()
         await self._server.wait_closed()
 
     async def addresses(self, interfaces: frozenset[Interface]) -> list[Address]:
         """Under which addresses others may reach it, forwarded ones first."""
-        own = (
-            [Address(self._listen.host, self.port)]
-            if self._listen.host and not ipaddress.ip_address(self._listen.host).is_unspecified
-            else own_addresses(interfaces, self.port)
-        )
+        host = ipaddress.ip_address(self._listen.host or "::")
+        if host.is_unspecified:
+            own = own_addresses(interfaces, self.port)
+        else:
+            own = [] if aimless(host) else [Address(str(host), self.port)]
         return [*await resolved(self._listen.advertise), *own][:MAX_ADDRESSES]
 
     def expect(self, tag: bytes, welcome: Welcome) -> None:
@@ -105,28 +117,30 @@ class _Caller(asyncio.Protocol):
         self._transport = transport
         network = network_of(transport.get_extra_info("peername"))
         if not self._port.admits(network):
-            self._turn_away()
+            self.turn_away()
             return
         self._network = network
         self._port.half_open[network] += 1
-        self._timer = asyncio.get_running_loop().call_later(HELLO_S, self._turn_away)
+        self._port.callers.add(self)
+        self._timer = asyncio.get_running_loop().call_later(HELLO_S, self.turn_away)
 
     def data_received(self, data: bytes) -> None:
         self._came += data[: HELLO_BYTES + 1]
         length = self._came[NONCE_BYTES:TAG_AT]
         # The dialling side says nothing more before it is answered.
         if len(self._came) > HELLO_BYTES or length != _LENGTH[: len(length)]:
-            self._turn_away()
+            self.turn_away()
         elif len(self._came) == HELLO_BYTES:
             if self._port.passes(bytes(self._came), self._transport):
                 self._done()
             else:
-                self._turn_away()
+                self.turn_away()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._done()
 
-    def _turn_away(self) -> None:
+    def turn_away(self) -> None:
+        """End it without a word."""
         self._port.turned_away += 1
         self._done()
         self._transport.abort()
@@ -135,6 +149,7 @@ class _Caller(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._port.callers.discard(self)
         if self._network:
             self._port.half_open[self._network] -= 1
             if not self._port.half_open[self._network]:

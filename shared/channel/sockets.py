@@ -102,16 +102,20 @@ class Sockets:
             return
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                await self._tell()
-                await self._due.wait()
-                while True:
-                    self._due.clear()
-                    await self._seek(self._interfaces())
-                    await self._next()
+                try:
+                    await self._tell()
+                    await self._due.wait()
+                    while True:
+                        self._due.clear()
+                        await self._seek(self._interfaces())
+                        await self._next()
+                finally:
+                    # Whoever calls from now on finds nobody; what is open ends with its task.
+                    self._tasks = None
+                    if self._port is not None:
+                        self._port.forget(self._tag)
         finally:
-            self._tasks = None
-            if self._port is not None:
-                self._port.forget(self._tag)
+            # Of a link whose task was cancelled before it began.
             for link in self.links:
                 await link.close()
 

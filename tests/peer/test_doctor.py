@@ -33,12 +33,13 @@ async def found(settings: PeerSettings) -> dict[str, Finding]:
 
 
 async def test_a_machine_that_is_well_is_said_to_be(relay: Relay) -> None:
-    findings = await found(PeerSettings(relay=relay.url, device="cpu", listen=Listen("127.0.0.1")))
+    listen = Listen("127.0.0.1", advertise=(("203.0.113.7", 4001),))
+    findings = await found(PeerSettings(relay=relay.url, device="cpu", listen=listen))
 
     assert list(findings) == ["device", "memory", "port", "relay", "UDP", "router", "peers"]
     assert findings["device"].says == "cpu, computes in float32"
     assert "GB are free" in findings["memory"].says
-    assert "127.0.0.1:" in findings["port"].says
+    assert findings["port"].says == "direct connections may come in at 203.0.113.7:4001"
     assert f"{relay.url} let us in after" in findings["relay"].says
     assert "sees this machine at 127.0.0.1:" in findings["UDP"].says
     assert findings["router"].says == "no router translates this machine's addresses"
@@ -54,6 +55,13 @@ async def test_the_path_to_each_live_peer_is_told_in_words(tmp_path: Path) -> No
     assert path.state == "mind"
     assert path.says.startswith("relayed, ")
     assert "the other side wants no direct link" in path.says
+
+
+async def test_a_port_that_nobody_could_reach_is_named() -> None:
+    findings = await found(PeerSettings(relay=NOWHERE, device="cpu", listen=Listen("127.0.0.1")))
+
+    assert findings["port"].state == "mind"
+    assert "no address that another one could reach" in findings["port"].says
 
 
 async def test_without_a_relay_the_rest_is_still_told() -> None:
