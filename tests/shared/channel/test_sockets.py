@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import random
+import socket
 
 import pytest
 
-from shared.channel import Channel, Listen, addresses, sockets
+from shared.channel import Channel, Listen, addresses, dialer, sockets
 from shared.channel import channel as channel_file
 from shared.errors import SettingsError
 from shared.protocol import Listening, Path
@@ -157,6 +160,46 @@ async def test_a_changed_network_is_tried_at_once(monkeypatch: pytest.MonkeyPatc
 
         await until(lambda: channel.socket is not None)
         assert told[-1].addresses == [f"127.0.0.1:{port.port}"]
+
+
+async def test_a_machine_that_moves_tells_its_new_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialer, "LOOK_AT_ADDRESSES_S", 0.02)
+    here = frozenset([ipaddress.ip_interface("127.0.0.1/8")])
+    there = frozenset([*here, ipaddress.ip_interface("127.0.0.2/8")])
+    found = [here]
+    monkeypatch.setattr(dialer, "local_interfaces", lambda: found[-1])
+    async with ends(listen=(Listen(), None)) as (ann, bob):
+        await ann.dialer.channel(bob.id)
+        await until(lambda: bob.dialer.channels)
+        sockets_of_bob = bob.channel_to(ann)._sockets
+
+        def told() -> list[str]:
+            return [] if sockets_of_bob._theirs is None else sockets_of_bob._theirs.addresses
+
+        assert ann.dialer.port is not None
+        await until(lambda: len(told()) == 1)
+        found.append(there)
+        await until(lambda: len(told()) == 2)
+        assert told()[1] == f"127.0.0.2:{ann.dialer.port.port}"
+
+
+def allows_cubic() -> bool:
+    with socket.socket() as trial, contextlib.suppress(OSError, AttributeError):
+        trial.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        return True
+    return False
+
+
+async def test_small_frames_leave_at_once_and_nothing_paces_them() -> None:
+    async with ends(listen=(HERE, None)) as (ann, bob):
+        channel = await both_by("socket", ann, bob)
+        for end in (channel.socket, bob.channel_to(ann).socket):
+            assert end is not None and end._transport is not None
+            sock = end._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            if allows_cubic():
+                used = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+                assert not used.startswith(b"bbr")
 
 
 async def test_a_port_that_is_taken_is_told_in_one_sentence() -> None:
