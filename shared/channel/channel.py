@@ -525,11 +525,16 @@ class Channel:
         if path is not None:
             path.silent_ticks = 0
             self._resize(path)
+            self._ping(path)
             log.info("messages to %s now go by the %s path", short(self.peer), path.kind)
         if before in links:
             before.calm()
             # What it still carries is known to be there, or lost, with the answer.
             self._ping(before)
+            if not before.trusted:
+                self._doubted = before
+                self._outbound.link_lost(before)
+                self._pump()
 
     def _resize(self, link: Link) -> None:
         self._outbound.resize(window_bytes(Way(link.kind, link.trusted, link.base_rtt_ms, link.goodput)))
@@ -553,14 +558,9 @@ class Channel:
     def _distrust(self, link: Link) -> None:
         """From now on by another one, beginning with what this one may not have delivered."""
         link.trusted = False
-        used = link is self._path
         self._choose()
         if link is not self._path:
             self._outbound.link_lost(link)
-            if used and link in self.directs:
-                self._doubted = link
-        if used and self._path is not None:
-            self._ping(self._path)
         self._pump()
 
     def look_again(self) -> None:

@@ -22,6 +22,7 @@ from shared.errors import ChannelClosed, ConnectionLost, ProtocolError
 from shared.framing import CHUNK_BYTES
 from shared.identity import Identity
 from shared.protocol import MAX_BODY_BYTES, Path
+from tests.harness.evil_relay import EvilRelay
 from tests.shared.channel.ends import (
     End,
     Got,
@@ -109,6 +110,29 @@ async def test_a_stream_goes_on_by_the_relay_when_the_direct_link_dies(harm: obj
         assert paths[0] == "direct"
         assert paths[-1] == "relayed"
         assert channel.path == "relayed"
+
+
+async def test_what_a_silent_direct_link_holds_goes_by_the_relay_when_that_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel_file, "DIRECT_SILENT_S", 1000.0)
+    monkeypatch.setattr(channel_file, "WATCHED", channel_file.WATCHED._replace(dead=1000))
+    relay = EvilRelay()
+    made = []
+    for _ in range(2):
+        identity = Identity.generate()
+        made.append(End(identity, relay.connect(identity)))
+    ann, bob = made
+    async with ann.dialer, bob.dialer:
+        channel = await both_direct(ann, bob)
+        with channel.watched():
+            relay.connections[ann.id].set_connected(False)
+            swallow_direct(channel)
+            await channel.send(numbered(1))
+            await until(lambda: channel.direct is not None and not channel.direct.trusted)
+            relay.connections[ann.id].set_connected(True)
+
+            assert (await bob.got()).number == 1
 
 
 async def test_a_direct_channel_outlives_its_relay() -> None:
