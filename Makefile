@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo install test check format browser clean
+.PHONY: demo install test check format browser network clean
 
 demo: $(INSTALLED)  ## a relay, three peers and the page on this machine
 	@exec $(BIN)/python -m web --demo
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt package-lock.json hatch_build.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test,check]'
 	@touch $(INSTALLED)
 
-test: $(INSTALLED) browser  ## every test
+test: $(INSTALLED) browser network  ## every test
 	$(BIN)/python -m pytest -q
 
 check: $(INSTALLED)  ## format, lint, types, import bars and the fast tests
@@ -33,6 +33,9 @@ format: $(INSTALLED)
 
 browser:  ## Chromium, for the tests of the page
 	@command -v chromium chromium-browser google-chrome >/dev/null || sh .ci/install-chromium
+
+network:  ## nftables and iproute2, for the tests behind real routers, which only root can run
+	@[ "$$(id -u)" != 0 ] || { command -v ip && command -v nft; } >/dev/null || sh .ci/install-nftables
 
 clean:
 	rm -rf $(VENV) web/static/vendor .mypy_cache .ruff_cache .pytest_cache .hypothesis

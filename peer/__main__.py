@@ -16,17 +16,19 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from peer.doctor import doctor
 from peer.lifecycle import Peer
-from peer.settings import DEMO_MODEL, PeerSettings, parse_bytes
+from peer.settings import DEMO_MODEL, PeerSettings
+from shared import event_loop
 from shared.channel.addresses import parse_listen
 from shared.errors import SettingsError
 from shared.identity import Identity, short
 from shared.logs import configure_logs
 from shared.settings import (
-    DEFAULT_RELAY,
     AdvertiseOption,
     ListenOption,
     LogLevelOption,
     RelayOption,
+    parse_bytes,
+    relay_urls,
     run_command,
 )
 
@@ -37,7 +39,7 @@ app.command()(doctor)
 @app.callback(invoke_without_command=True)
 def peer(
     context: typer.Context,
-    relay: RelayOption = DEFAULT_RELAY,
+    relay: RelayOption = None,
     model: Annotated[
         str,
         typer.Option(
@@ -116,7 +118,7 @@ def peer(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise SettingsError(f"--dtype {dtype} is unknown: write auto, float32, bfloat16 or float16")
     settings = PeerSettings(
-        relay=relay,
+        relays=relay_urls(relay),
         model=model,
         layers=layers,
         name=name[:64],
@@ -130,7 +132,7 @@ def peer(
     )
     key = Identity.load(identity) if identity is not None else Identity.generate()
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_run(settings, key))
+        event_loop.run(_run(settings, key))
 
 
 async def _run(settings: PeerSettings, key: Identity) -> None:
@@ -160,11 +162,11 @@ def _tell(console: Console, peer: Peer) -> None:
         f" as [bold]{escape(peer.name)}[/] ({short(peer.identity.id)})"
         f" on {peer.device.type} in {peer.dtype_name}"
     )
+    relays = " and ".join(peer.relays.connected_urls)
     port = f" and on TCP port {peer.dialer.port.port}" if peer.dialer.port is not None else ""
     console.print(
         f"room for {peer.service.kv_tokens_free:,} tokens of chats"
-        f" in {peer.kv_budget.total_bytes / 1e9:.1f} GB;"
-        f" meets others at {peer.settings.relay}{port}; Ctrl-C leaves"
+        f" in {peer.kv_budget.total_bytes / 1e9:.1f} GB; meets others at {relays}{port}; Ctrl-C leaves"
     )
 
 

@@ -11,8 +11,8 @@ import json
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Collection
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, suppress
 from typing import Annotated, Literal
 
 import aioice.stun
@@ -24,22 +24,24 @@ from rich.markup import escape
 
 from peer.lifecycle import device_and_dtype
 from peer.settings import PeerSettings, default_kv_bytes
+from shared import event_loop
 from shared.announcement import read_announcement
 from shared.channel import Channel, Dialer, Listen
 from shared.channel.addresses import local_interfaces, parse_listen
 from shared.channel.listening import ListeningPort
+from shared.channel.nat import look
 from shared.errors import ConnectionLost, CorollaError, ProtocolError, SettingsError
 from shared.identity import Identity, PeerId
 from shared.logs import configure_logs
-from shared.protocol import Announcement, Path, PeerMessage
+from shared.protocol import Announcement, NatKind, Path, PeerMessage
 from shared.relay_client import RelayClient
 from shared.settings import (
-    DEFAULT_RELAY,
     AdvertiseOption,
     ListenOption,
     LogLevelOption,
     RelayOption,
     relay_url,
+    relay_urls,
 )
 
 STUN_TIMEOUT_S = 1.0
@@ -49,6 +51,16 @@ PATHS_S = 9.0
 MAX_PEERS = 8
 
 State = Literal["well", "mind", "broken"]
+NO_RELAY = "without a relay nobody finds this machine"
+BY_TCP = "forward a TCP port to this machine: see --listen, --advertise"
+_ROUTERS: dict[NatKind, tuple[State, str]] = {
+    "open": ("well", "none translates this machine's addresses, so direct paths open with everyone"),
+    "cone": ("well", "it keeps one public port for all, so direct paths open with everyone"),
+    "restricted": ("well", "it lets in only what answers, so direct paths open with all but symmetric ones"),
+    "symmetric": ("mind", "it is symmetric, so many direct paths stay closed"),
+    "blocked": ("mind", "it stops UDP, so there are direct paths by TCP only"),
+    "unknown": ("well", "the relay cannot tell what it does"),
+}
 _MARKS = {"well": "[green]✓[/]", "mind": "[yellow]![/]", "broken": "[red]✗[/]"}
 _ADDRESS = re.compile(
     r"(?:https?|wss?)://[^\s,;)]*[^\s,;):]"
@@ -79,7 +91,7 @@ def redact(text: str, hosts: Collection[str] = ()) -> str:
 
 
 def doctor(
-    relay: RelayOption = DEFAULT_RELAY,
+    relay: RelayOption = None,
     listen: ListenOption = "0",
     advertise: AdvertiseOption = None,
     device: Annotated[
@@ -93,14 +105,17 @@ def doctor(
 ) -> None:
     """Look at what this machine needs to take part: relay, UDP, port, paths to the live peers, device."""
     configure_logs(log_level)
-    settings = PeerSettings(relay=relay, device=device, listen=parse_listen(listen, advertise or ()))
-    broken = asyncio.run(_tell(settings, show_addresses=show_addresses, as_json=as_json))
+    settings = PeerSettings(
+        relays=relay_urls(relay), device=device, listen=parse_listen(listen, advertise or ())
+    )
+    broken = event_loop.run(_tell(settings, show_addresses=show_addresses, as_json=as_json))
     raise typer.Exit(1 if broken else 0)
 
 
 async def _tell(settings: PeerSettings, *, show_addresses: bool, as_json: bool) -> bool:
     console = Console(soft_wrap=True)
-    hosts = {relay_url(settings.relay).host or "", *(host for host, _ in _advertised(settings))} - {""}
+    hosts = {host for host, _ in _advertised(settings)}
+    hosts |= {host for url in settings.relays if (host := relay_url(url).host)}
     found: list[Finding] = []
     async for finding in examine(settings):
         shown = finding if show_addresses else finding.redacted(hosts)
@@ -126,24 +141,24 @@ async def examine(settings: PeerSettings) -> AsyncIterator[Finding]:
     yield _memory(settings)
     yield await _port(settings.listen)
     identity = Identity.generate()
-    relay = RelayClient(settings.relay, identity)
-    started = time.perf_counter()
-    try:
-        await relay.__aenter__()
-    except CorollaError as error:
-        yield Finding(
-            what="relay", state="broken", says=str(error), todo="without a relay nobody finds this machine"
-        )
-        return
-    try:
-        login_ms = (time.perf_counter() - started) * 1000
-        yield Finding(what="relay", state="well", says=f"{settings.relay} let us in after {login_ms:.0f} ms")
-        for finding in await _udp(relay):
-            yield finding
-        async for finding in _paths(settings, identity, relay):
-            yield finding
-    finally:
-        await relay.__aexit__(None, None, None)
+    async with AsyncExitStack() as stack:
+        relays: list[RelayClient] = []
+        for url in settings.relays:
+            relay = RelayClient(url, identity)
+            started = time.perf_counter()
+            try:
+                await stack.enter_async_context(relay)
+            except CorollaError as error:
+                yield Finding(what="relay", state="broken", says=str(error), todo=NO_RELAY)
+                continue
+            login_ms = (time.perf_counter() - started) * 1000
+            yield Finding(what="relay", state="well", says=f"{url} let us in after {login_ms:.0f} ms")
+            relays.append(relay)
+        if relays:
+            for finding in await _udp(relays[0]):
+                yield finding
+            async for finding in _paths(settings, identity, relays):
+                yield finding
 
 
 def _device(settings: PeerSettings) -> Finding:
@@ -213,14 +228,14 @@ async def _udp(relay: RelayClient) -> list[Finding]:
         ]
     started = time.perf_counter()
     try:
-        local, public = await ask_stun(*relay.stun)
+        public = await ask_stun(*relay.stun)
     except OSError:
         return [
             Finding(
                 what="UDP",
                 state="mind",
                 says="no answer from the relay's STUN responder: UDP is blocked here or there",
-                todo="let UDP out of this network, or forward a TCP port: --listen, --advertise",
+                todo=f"let UDP out of this network, or {BY_TCP}",
             )
         ]
     took_ms = (time.perf_counter() - started) * 1000
@@ -229,17 +244,14 @@ async def _udp(relay: RelayClient) -> list[Finding]:
         state="well",
         says=f"STUN answers after {took_ms:.0f} ms and sees this machine at {public[0]}:{public[1]}",
     )
-    if local[0] == public[0]:
-        router = "no router translates this machine's addresses"
-    elif local[1] == public[1]:
-        router = "a router translates addresses and keeps ports: most direct paths open"
-    else:
-        router = "a router translates addresses and ports: some direct paths open, others stay on the relay"
-    return [answer, Finding(what="router", state="well", says=router)]
+    kind = await look(*relay.stun, relay.second_stun_port) if relay.second_stun_port else "unknown"
+    state, words = _ROUTERS[kind]
+    todo = BY_TCP if state == "mind" else ""
+    return [answer, Finding(what="router", state=state, says=words, todo=todo)]
 
 
-async def ask_stun(host: str, port: int) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Our own address and port on the way to a STUN responder, and those that it sees. Raises OSError."""
+async def ask_stun(host: str, port: int) -> tuple[str, int]:
+    """The address and port of ours that a STUN responder sees. Raises OSError when it does not answer."""
     loop = asyncio.get_running_loop()
     family, _, _, _, there = (await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM))[0]
     with socket.socket(family, socket.SOCK_DGRAM) as asking:
@@ -252,26 +264,31 @@ async def ask_stun(host: str, port: int) -> tuple[tuple[str, int], tuple[str, in
                 async with asyncio.timeout(STUN_TIMEOUT_S):
                     answer = aioice.stun.parse_message(await loop.sock_recv(asking, 2048))
                 if answer.transaction_id == request.transaction_id:
-                    return asking.getsockname()[:2], answer.attributes["XOR-MAPPED-ADDRESS"]
+                    seen: tuple[str, int] = answer.attributes["XOR-MAPPED-ADDRESS"]
+                    return seen
     raise OSError("no answer")
 
 
 # ---------------------------------------------------------------- paths
 
 
-async def _paths(settings: PeerSettings, identity: Identity, relay: RelayClient) -> AsyncIterator[Finding]:
+async def _paths(
+    settings: PeerSettings, identity: Identity, relays: Sequence[RelayClient]
+) -> AsyncIterator[Finding]:
     """To each live peer: which path this machine gets, and why not a better one."""
-    peers: list[Announcement] = []
-    for record in await relay.lookup():
-        with suppress(ProtocolError):
-            announcement = read_announcement(record, time.time())
-            if announcement.state == "serving":
-                peers.append(announcement)
+    known: dict[str, Announcement] = {}
+    for relay in relays:
+        for record in await relay.lookup():
+            with suppress(ProtocolError):
+                announcement = read_announcement(record, time.time())
+                if announcement.state == "serving":
+                    known[announcement.peer] = announcement
+    peers = list(known.values())
     if not peers:
-        yield Finding(what="peers", state="mind", says="the relay knows no peer that serves now")
+        yield Finding(what="peers", state="mind", says="no relay knows a peer that serves now")
         return
     listen = Listen() if settings.listen is not None else None
-    async with Dialer(identity, relay, _ignore, listen=listen) as dialer:
+    async with Dialer(identity, relays, _ignore, listen=listen) as dialer:
         looks = [asyncio.create_task(_path_to(dialer, peer)) for peer in peers[:MAX_PEERS]]
         try:
             for look in looks:

@@ -23,10 +23,10 @@ from peer.settings import PeerSettings, default_kv_bytes, default_threads
 from shared.announcement import LEASE_S, RENEW_EVERY_S, sign_announcement
 from shared.background import Background
 from shared.channel import Channel, Dialer
-from shared.errors import ConnectionLost, ProtocolError, SettingsError
+from shared.errors import ProtocolError, SettingsError
 from shared.identity import Identity
 from shared.protocol import Announcement, Path, PeerMessage, PeerState
-from shared.relay_client import RelayClient
+from shared.relays import Relays
 from shared.spans import Span, parse_layers
 from shared.tokenizer_files import files_hash
 
@@ -54,10 +54,10 @@ class Peer:
     ) -> None:
         self.settings = settings
         self.identity = identity
-        self.relay = RelayClient(settings.relay, identity)
+        self.relays = Relays(settings.relays, identity)
         self.dialer = Dialer(
             identity,
-            self.relay,
+            self.relays.clients,
             self._handle,
             on_closed=self._channel_closed,
             direct=settings.direct,
@@ -83,7 +83,7 @@ class Peer:
             torch.set_num_threads(self.settings.threads or default_threads())
             checkpoint = await asyncio.to_thread(open_checkpoint, self.settings.model)
             await asyncio.to_thread(self._describe, checkpoint)
-            await stack.enter_async_context(self.relay)
+            await stack.enter_async_context(self.relays)
             await stack.enter_async_context(self.dialer)
             # Announced before it loads, so that two newcomers do not take the same gap.
             tasks = await stack.enter_async_context(Background())
@@ -162,11 +162,9 @@ class Peer:
     # ------------------------------------------------------------ announcing
 
     async def announce(self, state: PeerState) -> None:
-        """Tell the swarm what this peer serves now."""
+        """Tell the swarm, on every relay, what this peer serves now."""
         self._state = state
-        # A relay that is away hears it when the connection is back: the relay client says it again.
-        with contextlib.suppress(ConnectionLost):
-            await self.relay.announce(sign_announcement(self.identity, self._announcement()))
+        await self.relays.announce(sign_announcement(self.identity, self._announcement()))
 
     def _announcement(self) -> Announcement:
         assert self._offer is not None
@@ -191,6 +189,7 @@ class Peer:
             context_length=self._offer.context_length,
             kv_tokens_free=self.service.kv_tokens_free if self.service else 0,
             ms_per_layer=self.service.ms_per_layer if self.service else None,
+            relays=self.relays.connected_urls,
         )
 
     async def _keep_announced(self) -> None:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from shared.channel.addresses import Listen
-from shared.errors import SettingsError
 
 DEMO_MODEL = str(Path(__file__).parent / "demo" / "corolla-demo")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
 
 class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `python -m peer` can be told."""
 
-    relay: str
+    relays: tuple[str, ...]
     model: str = DEMO_MODEL
     layers: str = "all"
     name: str = ""
@@ -36,15 +31,6 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     direct: bool = True
     listen: Listen | None = Listen()
     """Where the other ends of channels may call, unless `direct` is off; None nowhere."""
-
-
-def parse_bytes(text: str) -> int:
-    """Read `6GB`, `500 MB` or a plain number of bytes. Raises SettingsError for anything else."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?\s*", text.upper())
-    if match is None:
-        raise SettingsError(f"{text!r} is not a size: write for example 6GB or 500MB")
-    # A float would round what is over 2^53, and 2097.151 MB to a byte too few.
-    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def default_kv_bytes() -> int:

@@ -18,7 +18,7 @@ from relay.participants import Participant
 from relay.sessions import MEETING, serve
 from relay.settings import RelaySettings
 from relay.status import SwarmPage, about, health
-from relay.stun import stun_responder
+from relay.stun import stun_responders
 from relay.tables import written_behind
 from shared.errors import SettingsError
 from shared.protocol import Restarting
@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 # Participants spread their return over about this time.
 RETRY_AFTER_S = 2.0
+# A login takes some 0.7 ms; half of a core is left to those who are back already.
+RETURNS_PER_S = 700
 SHUTDOWN_S = 2.0
+SILENT_S = 20.0
+"""A connection that has not become a WebSocket, and asks for no page, ends after this."""
 # No request has a body.
 MAX_REQUEST_BYTES = 4096
 
@@ -61,6 +65,8 @@ class Relay:
             self._app,
             access_log=None,
             shutdown_timeout=SHUTDOWN_S,
+            # Also for those that connect and never ask anything.
+            keepalive_timeout=SILENT_S,
             handler_cancellation=True,
         )
         self.port = 0
@@ -95,7 +101,7 @@ class Relay:
     @property
     def stun_port(self) -> int:
         """UDP port of the STUN responder; 0 without one."""
-        return self.meeting.stun_port
+        return self.meeting.stun_ports[0]
 
     @property
     def url(self) -> str:
@@ -107,7 +113,7 @@ class Relay:
 
 
 async def _in_background(app: web.Application) -> AsyncIterator[None]:
-    """The database, the STUN responder and the two tasks that run as long as the application does."""
+    """The database, the STUN responder and the tasks that run as long as the application does."""
     meeting = app[MEETING]
     settings = meeting.settings
     if meeting.names is None:
@@ -120,11 +126,19 @@ async def _in_background(app: web.Application) -> AsyncIterator[None]:
             meeting.restore(entries)
         if settings.stun:
             wanted = settings.port if settings.stun_port is None else settings.stun_port
-            meeting.stun_port = await stack.enter_async_context(stun_responder(settings.host, wanted))
+            second = settings.second_stun_port
+            meeting.stun_ports = await stack.enter_async_context(
+                stun_responders(settings.host, wanted, _port_after(wanted) if second is None else second)
+            )
         # Not a TaskGroup: aiohttp may end the application from another task than it started in.
-        tasks = [asyncio.create_task(meeting.tell_news()), asyncio.create_task(meeting.tidy())]
+        tasks = [asyncio.create_task(work) for work in (meeting.tell_news(), meeting.tidy(), meeting.weigh())]
         stack.push_async_callback(_stop, tasks)
         yield
+
+
+def _port_after(port: int) -> int:
+    """0, which takes a free one, stays 0."""
+    return port + 1 if 0 < port < 65535 else 0
 
 
 async def _stop(tasks: list[asyncio.Task[None]]) -> None:
@@ -137,14 +151,15 @@ async def _stop(tasks: list[asyncio.Task[None]]) -> None:
 
 async def _say_goodbye(app: web.Application) -> None:
     """Tell everyone to come back soon, so that they need not guess why the connection ended."""
-    goodbye = Restarting(RETRY_AFTER_S)
+    participants = app[MEETING].participants.all()
+    goodbye = Restarting(max(RETRY_AFTER_S, len(participants) / RETURNS_PER_S))
 
     async def part(participant: Participant) -> None:
         await participant.send(goodbye)
         await participant.close()
 
     async with asyncio.TaskGroup() as tasks:
-        for participant in app[MEETING].participants.all():
+        for participant in participants:
             tasks.create_task(part(participant))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from msgspec import Struct
 
 from relay.forwarding import FrameCounts
+from relay.limits import LimitReached, Limits
 from relay.names import own_names
 from relay.participants import Participant, Participants
 from relay.registry import Entry, Registry, entry_of, pages
@@ -20,7 +21,7 @@ from relay.settings import RelaySettings
 from relay.tables import WriteBehind
 from shared.announcement import read_announcement
 from shared.errors import Refused
-from shared.identity import short
+from shared.identity import PeerId, short
 from shared.protocol import Found, SignedRecord, encode, peer_id
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 # Changes within this time go out together: a thousand peers that renew cost watchers few messages, not many.
 TELL_EVERY_S = 0.02
 TIDY_EVERY_S = 10.0
+WEIGH_EVERY_S = 0.5
 
 
 class Counts(Struct):
@@ -39,6 +41,14 @@ class Counts(Struct):
     signals: int = 0
     lookups: int = 0
     denied: int = 0
+    refused_connections: int = 0
+    """Those that came from an address with too many, or too often."""
+    refused_announcements: int = 0
+    """Those that came too often."""
+    slowed_s: float = 0.0
+    """Time that senders were made to wait, all together."""
+    idle: int = 0
+    """Participants that had to go since they said nothing."""
 
 
 class Meeting:
@@ -49,10 +59,11 @@ class Meeting:
         self.clock = clock
         self.names = own_names(settings)
         self.registry = Registry(settings.max_announcements)
-        self.participants = Participants()
+        self.participants = Participants(settings)
         self.connections = 0
         """WebSockets that are open, logged in or not yet."""
-        self.stun_port = 0
+        self.limits = Limits(settings)
+        self.stun_ports = 0, 0
         self.writer: WriteBehind | None = None
         self.counts = Counts()
         self.frames = FrameCounts()
@@ -71,6 +82,11 @@ class Meeting:
 
     def announce(self, participant: Participant, record: SignedRecord) -> None:
         """Take in what a participant says of itself. Raises ProtocolError or Refused."""
+        try:
+            self.limits.announce(participant.peer, participant.address)
+        except LimitReached:
+            self.counts.refused_announcements += 1
+            raise
         now = self.clock()
         announcement = read_announcement(record, now)
         if announcement.peer != participant.peer:
@@ -102,7 +118,7 @@ class Meeting:
         """A connection has ended: everyone concerned hears of it before anything else happens."""
         current = self.participants.remove(participant)
         entry = self.registry.get(participant.peer)
-        announced = entry is not None and entry.live(self.clock())
+        announced = self._announced(participant.peer)
         if announced and current:
             self.registry.departed.add(participant.peer)
         model = entry.announcement.model if entry is not None and announced else None
@@ -120,9 +136,11 @@ class Meeting:
             await asyncio.sleep(TELL_EVERY_S)
             self._news_came.clear()
             news, self._news = self._news, {}
-            await self._tell(None, news.values())
+            # Of those that left meanwhile, watchers have heard already; they must not seem to be back.
+            here = [entry for entry in news.values() if entry.peer not in self.registry.departed]
+            await self._tell(None, here)
             by_model: dict[str, list[Entry]] = {}
-            for entry in news.values():
+            for entry in here:
                 by_model.setdefault(entry.announcement.model, []).append(entry)
             for model, entries in by_model.items():
                 await self._tell(model, entries)
@@ -134,6 +152,26 @@ class Meeting:
             now = self.clock()
             if self.registry.forget(now) and self.writer is not None:
                 await self.writer.forget(now)
+            await self._dismiss_idle()
+
+    async def weigh(self) -> None:
+        """Keep what waits for slow readers within memory, until cancelled."""
+        while True:
+            await asyncio.sleep(WEIGH_EVERY_S)
+            self.participants.weigh()
+
+    async def _dismiss_idle(self) -> None:
+        idle_s = self.settings.idle_s
+        if not idle_s:
+            return
+        for participant in self.participants.silent_since(time.monotonic() - idle_s):
+            if not participant.watches and not self._announced(participant.peer):
+                self.counts.idle += 1
+                await participant.dismiss(f"nothing was said for {idle_s:.0f} s: connect again when needed")
+
+    def _announced(self, peer: PeerId) -> bool:
+        entry = self.registry.get(peer)
+        return entry is not None and entry.live(self.clock())
 
     async def _tell(self, model: str | None, entries: Iterable[Entry]) -> None:
         watchers = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 
 import aiohttp
@@ -21,38 +22,77 @@ MAX_CONTACTS = 4096
 LAST_WORDS_S = 5.0
 # aiohttp waits for a slow reader only after this many bytes: never. The relay bounds the backlog itself.
 NEVER_WAIT = 1 << 62
+# Readers with less than this waiting are not slow: it is one round trip of a home line.
+LEAST_BACKLOG_BYTES = 256 * 1024
+
+
+class Backlog:
+    """How much may wait for one slow reader. The more of them there are, the less for each."""
+
+    def __init__(self, settings: RelaySettings) -> None:
+        self.control_bytes = settings.control_backlog_bytes
+        self.frame_bytes = settings.frame_backlog_bytes
+        self._most = settings.frame_backlog_bytes
+        self._total = settings.total_backlog_bytes
+
+    def weigh(self, waiting: Iterable[int]) -> None:
+        """Divide the room anew, given what waits for each reader now."""
+        slow = sum(1 for size in waiting if size > LEAST_BACKLOG_BYTES)
+        share = self._total // slow if slow else self._most
+        self.frame_bytes = max(min(LEAST_BACKLOG_BYTES, self._most), min(self._most, share))
 
 
 class Participant:
     """One logged-in connection.
 
-    Its outgoing queue is the transport's own buffer, bounded by `frame_backlog_bytes` for frames (dropped
+    Its outgoing queue is the transport's own buffer, bounded by `backlog.frame_bytes` for frames (dropped
     beyond it) and `control_backlog_bytes` for all else (disconnected beyond it). Sending never waits.
     """
+
+    # Ten thousand of these are meant to fit on a small machine.
+    __slots__ = (
+        "_backlog",
+        "_socket",
+        "_transport",
+        "address",
+        "contacts",
+        "heard_at",
+        "peer",
+        "raw_id",
+        "watches",
+    )
 
     def __init__(
         self,
         peer: PeerId,
         socket: web.WebSocketResponse,
         transport: asyncio.Transport,
-        settings: RelaySettings,
+        address: str,
+        backlog: Backlog,
     ) -> None:
         self.peer = peer
+        self.address = address
+        """Whom its limits count for besides itself; told to nobody."""
+        self.heard_at = time.monotonic()
         self.raw_id = id_bytes(peer)
         self.watches: set[str | None] = set()
         # Ordered, so that the oldest can be dropped; bounded by MAX_CONTACTS.
         self.contacts: dict[PeerId, None] = {}
         self._socket = socket
         self._transport = transport
-        self._frame_backlog = settings.frame_backlog_bytes
-        self._control_backlog = settings.control_backlog_bytes
+        self._backlog = backlog
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What it has not read yet, beyond what the system holds for it."""
+        return self._transport.get_write_buffer_size()
 
     async def send(self, message: FromRelay) -> None:
         await self.send_encoded(encode(message))
 
     async def send_encoded(self, message: bytes) -> None:
         """Send a control message. A participant that never reads is cut off rather than waited for."""
-        if self._transport.get_write_buffer_size() > self._control_backlog:
+        if self.waiting_bytes > self._backlog.control_bytes:
             log.info("%s does not read what it asked for: disconnected", short(self.peer))
             self._transport.abort()
             return
@@ -60,7 +100,7 @@ class Participant:
 
     async def send_frame(self, frame: bytes) -> bool:
         """Send a frame; False when too much waits already and the frame was dropped."""
-        if self._transport.get_write_buffer_size() + len(frame) > self._frame_backlog:
+        if self.waiting_bytes + len(frame) > self._backlog.frame_bytes:
             return False
         await self._write(frame, aiohttp.WSMsgType.BINARY)
         return True
@@ -86,7 +126,8 @@ class Participant:
 class Participants:
     """All logged-in connections, one per id, and who watches what."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: RelaySettings) -> None:
+        self.backlog = Backlog(settings)
         self._by_id: dict[PeerId, Participant] = {}
         self._by_raw_id: dict[bytes, Participant] = {}
         self._watchers: dict[str | None, set[Participant]] = {}
@@ -132,6 +173,13 @@ class Participants:
     def watchers(self, model: str | None) -> Iterable[Participant]:
         """Who watches exactly this model; None for those who watch all."""
         return tuple(self._watchers.get(model, ()))
+
+    def silent_since(self, moment: float) -> list[Participant]:
+        """Who said nothing after a moment of the monotonic clock."""
+        return [participant for participant in self._by_id.values() if participant.heard_at < moment]
+
+    def weigh(self) -> None:
+        self.backlog.weigh(participant.waiting_bytes for participant in self._by_id.values())
 
     def meet(self, one: Participant, other: Participant) -> None:
         """Remember that two exchanged something: when one goes, the other is told at once."""

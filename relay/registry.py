@@ -22,7 +22,7 @@ TOMBSTONE_S = MAX_LEASE_S + CLOCK_SKEW_S
 PAGE_BYTES = 48 * 1024
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):
     """The newest announcement of a peer, and until when it must not be forgotten."""
 
     announcement: Announcement
@@ -47,6 +47,8 @@ class Registry:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._entries: dict[PeerId, Entry] = {}
+        # The same again, since most lookups are for one model of many.
+        self._by_model: dict[str, dict[PeerId, Entry]] = {}
         self.departed: set[PeerId] = set()
         """Peers whose connection here ended while they were announced. Those only known from before a
         restart are not among them: they are most likely on their way back."""
@@ -70,7 +72,10 @@ class Registry:
                 f"announcement {entry.announcement.sequence} of {short(entry.peer)} is not newer than"
                 f" {held.announcement.sequence}, which this relay holds"
             )
+        else:
+            self._drop(entry.peer)
         self._entries[entry.peer] = entry
+        self._by_model.setdefault(entry.announcement.model, {})[entry.peer] = entry
         return True
 
     def get(self, peer: PeerId) -> Entry | None:
@@ -78,19 +83,22 @@ class Registry:
 
     def live(self, now: float, model: str | None = None) -> list[Entry]:
         """Announcements that are neither expired nor withdrawn, of one model or of all."""
-        return [
-            entry
-            for entry in self._entries.values()
-            if entry.live(now) and (model is None or entry.announcement.model == model)
-        ]
+        entries = self._entries if model is None else self._by_model.get(model, {})
+        return [entry for entry in entries.values() if entry.live(now)]
 
     def forget(self, now: float) -> list[PeerId]:
         """Drop the tombstones that have served their time; returns whose."""
         over = [peer for peer, entry in self._entries.items() if entry.keep_until <= now]
         for peer in over:
-            del self._entries[peer]
+            self._drop(peer)
             self.departed.discard(peer)
         return over
+
+    def _drop(self, peer: PeerId) -> None:
+        model = self._entries.pop(peer).announcement.model
+        del self._by_model[model][peer]
+        if not self._by_model[model]:
+            del self._by_model[model]
 
 
 def pages(records: Iterable[SignedRecord]) -> Iterator[list[SignedRecord]]:
@@ -106,20 +114,3 @@ def pages(records: Iterable[SignedRecord]) -> Iterator[list[SignedRecord]]:
         page.append(record)
         size += length
     yield page
-
-
-class Bucket:
-    """A token bucket: `rate` tokens per second, `burst` at most."""
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._tokens = burst
-        self._filled_at = now
-
-    def take(self, now: float) -> float:
-        """Take one token; returns how many seconds to wait until it is really there."""
-        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) * self._rate)
-        self._filled_at = now
-        self._tokens -= 1
-        return max(0.0, -self._tokens / self._rate)

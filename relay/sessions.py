@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -18,10 +19,11 @@ import aiohttp
 from aiohttp import web
 
 from relay.forwarding import forward
+from relay.limits import FULL_RETRY_S, LimitReached, address_key, seen_address
 from relay.meeting import Meeting
 from relay.names import origin_is_welcome
 from relay.participants import LAST_WORDS_S, NEVER_WAIT, Participant
-from relay.registry import Bucket, Entry, pages
+from relay.registry import Entry, pages
 from relay.signaling import pass_on
 from shared.errors import ProtocolError, Refused
 from shared.identity import short, verify
@@ -53,6 +55,8 @@ MEETING = web.AppKey("meeting", Meeting)
 MAX_STRANGERS = 1000
 # The wire's limit is checked here, with a sentence; only what is twice as long is cut off by aiohttp, mutely.
 HARD_LIMIT_BYTES = 2 * MAX_RELAY_MESSAGE_BYTES
+# The shortest frame costs the relay as much of its time as this many bytes of a long one.
+FRAME_COST_BYTES = 1024
 
 
 async def serve(request: web.Request) -> web.StreamResponse:
@@ -63,7 +67,26 @@ async def serve(request: web.Request) -> web.StreamResponse:
         raise web.HTTPForbidden(text="pages of this origin may not use this relay; see --origin\n")
     full = len(meeting.participants) >= settings.max_participants
     if full or meeting.connections >= settings.max_participants + MAX_STRANGERS:
-        raise web.HTTPServiceUnavailable(text="this relay is full: try another one, or later\n")
+        raise web.HTTPServiceUnavailable(
+            text="this relay is full: try another one, or later\n", headers=_retry_after(FULL_RETRY_S)
+        )
+    seen = seen_address(request.remote or "", request.headers.get("X-Forwarded-For"), settings.proxies)
+    address = address_key(seen)
+    try:
+        meeting.limits.connect(address)
+    except LimitReached as error:
+        meeting.counts.refused_connections += 1
+        raise web.HTTPTooManyRequests(text=f"{error}\n", headers=_retry_after(error.retry_after_s)) from None
+    meeting.connections += 1
+    try:
+        return await _serve(request, meeting, seen, address)
+    finally:
+        meeting.connections -= 1
+        meeting.limits.open.close(address)
+
+
+async def _serve(request: web.Request, meeting: Meeting, seen: str, address: str) -> web.WebSocketResponse:
+    settings = meeting.settings
     socket = web.WebSocketResponse(
         # Compression would cost 200 KiB of memory per participant, and sealed frames do not compress.
         compress=False,
@@ -73,15 +96,17 @@ async def serve(request: web.Request) -> web.StreamResponse:
         writer_limit=NEVER_WAIT,
     )
     writer = await socket.prepare(request)
-    meeting.connections += 1
     try:
         login = await _log_in(socket, request, meeting)
         if login is not None:
-            await _Session(meeting, login, socket, writer, request).run()
+            assert request.transport is not None
+            me = Participant(
+                peer_id(login.peer), socket, request.transport, address, meeting.participants.backlog
+            )
+            await _Session(meeting, me, socket, writer).run(seen)
     except (ConnectionError, aiohttp.ClientError):
         log.debug("a connection ended in the middle of a word")
     finally:
-        meeting.connections -= 1
         if not socket.closed:
             await socket.close()
     return socket
@@ -134,31 +159,32 @@ class _Session:
     def __init__(
         self,
         meeting: Meeting,
-        login: Login,
+        me: Participant,
         socket: web.WebSocketResponse,
         writer: aiohttp.abc.AbstractStreamWriter,
-        request: web.Request,
     ) -> None:
-        assert request.transport is not None
-        settings = meeting.settings
-        now = time.monotonic()
         self._meeting = meeting
+        self._me = me
         self._socket = socket
         self._writer = writer
-        self._address = request.remote or ""
-        self._me = Participant(peer_id(login.peer), socket, request.transport, settings)
-        # Limits by identity and by address over all its connections belong beside these two.
-        self._control = Bucket(settings.control_per_s, settings.control_burst, now)
-        self._announcements = Bucket(settings.announcements_per_s, settings.announcements_burst, now)
 
-    async def run(self) -> None:
+    async def run(self, seen: str) -> None:
         async with self._present():
-            await self._me.send(Welcome(address=self._address[:64], stun_port=self._meeting.stun_port))
+            await self._me.send(Welcome(seen[:64], *self._meeting.stun_ports))
             async for received in self._socket:
+                self._me.heard_at = time.monotonic()
                 if received.type is aiohttp.WSMsgType.BINARY:
-                    await forward(self._meeting.participants, self._me, received.data, self._meeting.frames)
+                    await self._carry(received.data)
                 elif received.type is aiohttp.WSMsgType.TEXT:
                     await self._heard(received.data)
+
+    async def _carry(self, frame: bytes) -> None:
+        await forward(self._meeting.participants, self._me, frame, self._meeting.frames)
+        await self._charge(max(len(frame), FRAME_COST_BYTES))
+
+    async def _charge(self, count: int) -> None:
+        """Read on when the bytes are due: TCP lets the sender wait, nothing is dropped, nobody else waits."""
+        await self._wait(self._meeting.limits.take_bytes(self._me.peer, self._me.address, count))
 
     @asynccontextmanager
     async def _present(self) -> AsyncIterator[None]:
@@ -180,17 +206,17 @@ class _Session:
             await self._me.send(Denied(reason, fatal=True))
             await self._socket.close(code=aiohttp.WSCloseCode.MESSAGE_TOO_BIG, message=_close_reason(reason))
             return
-        await self._pace(self._control)
+        await self._wait(self._meeting.limits.control.take(self._me.peer))
         try:
             await self._act(decode(text, ToRelay))
         except (ProtocolError, Refused) as error:
             self._meeting.counts.denied += 1
-            await self._me.send(Denied(str(error)[:1000]))
+            retry_after_s = error.retry_after_s if isinstance(error, LimitReached) else 0.0
+            await self._me.send(Denied(str(error)[:1000], retry_after_s=retry_after_s))
 
     async def _act(self, message: ToRelay) -> None:
         match message:
             case Announce():
-                await self._pace(self._announcements)
                 self._meeting.announce(self._me, message.record)
             case Lookup():
                 await self._look_up(message)
@@ -202,10 +228,9 @@ class _Session:
             case _:
                 assert_never(message)
 
-    async def _pace(self, bucket: Bucket) -> None:
-        """Whoever asks too often is read more slowly; nothing is dropped, and nobody else waits."""
-        wait_s = bucket.take(time.monotonic())
+    async def _wait(self, wait_s: float) -> None:
         if wait_s > 0:
+            self._meeting.counts.slowed_s += wait_s
             await asyncio.sleep(wait_s)
 
     async def _look_up(self, lookup: Lookup) -> None:
@@ -221,9 +246,11 @@ class _Session:
         found = meeting.registry.live(meeting.clock(), lookup.model)
         parts = list(pages(entry.record for entry in found))
         for number, page in enumerate(parts, start=1):
-            await self._me.send(Found(lookup.request, page, more=number < len(parts)))
+            message = encode(Found(lookup.request, page, more=number < len(parts)))
+            await self._me.send_encoded(message)
             # A large answer goes at the asker's own pace; only its own reading waits for it.
             await self._writer.drain()
+            await self._charge(len(message))
         await self._tell_departed(found)
 
     async def _tell_departed(self, found: list[Entry]) -> None:
@@ -231,6 +258,10 @@ class _Session:
         for entry in found:
             if entry.peer in self._meeting.registry.departed:
                 await self._me.send(Gone(entry.peer))
+
+
+def _retry_after(wait_s: float) -> dict[str, str]:
+    return {"Retry-After": str(math.ceil(wait_s))}
 
 
 def _close_reason(reason: str) -> bytes:

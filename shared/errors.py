@@ -26,7 +26,11 @@ class ChannelClosed(ConnectionLost):
 
 
 class RelayUnreachable(ConnectionLost):
-    """No relay answers at the address given."""
+    """No relay answers at the address given, or it lets nobody in until `retry_after_s` have passed."""
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Refused(CorollaError):

@@ -29,6 +29,10 @@ MAX_RELAY_MESSAGE_BYTES = 96 * 1024
 MAX_META_BYTES = 1024 * 1024
 MAX_BODY_BYTES = 256 * 1024 * 1024
 MAX_CONTEXT = 1 << 20
+PREFILL_CHUNK = 256
+"""Positions per step of a prompt or a replay: the next hop computes one while this one computes the next."""
+PREFILL_WINDOW = 4 * PREFILL_CHUNK
+"""Positions that a hop may have been sent beyond those that it has told to be `Consumed`."""
 
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=256)]
@@ -51,14 +55,14 @@ PeerState = Literal["joining", "serving", "draining", "left"]
 # ---------------------------------------------------------------- signed records
 
 
-class SignedRecord(Struct, frozen=True):
+class SignedRecord(Struct, frozen=True, gc=False):
     """A JSON text and its signature. The text is kept as it was signed, so nobody has to re-create it."""
 
     body: Annotated[str, Meta(max_length=8192)]
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
 
 
-class Announcement(Struct, frozen=True, kw_only=True):
+class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     """What a peer says of itself. The newest valid one per peer wins; `left` withdraws it."""
 
     peer: Id
@@ -118,10 +122,11 @@ class Login(Struct, frozen=True, tag="login"):
 
 
 class Welcome(Struct, frozen=True, tag="welcome"):
-    """Logged in. `address` is where the relay sees you; STUN answers at its host on `stun_port`."""
+    """Logged in. `address` is where the relay sees you; STUN answers at its host on two ports, 0 for none."""
 
     address: Name
     stun_port: Annotated[int, Meta(ge=0, le=65535)]
+    second_stun_port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 
 class Announce(Struct, frozen=True, tag="announce"):
@@ -162,12 +167,14 @@ class Gone(Struct, frozen=True, tag="gone"):
 class Denied(Struct, frozen=True, tag="denied"):
     """The relay understood a message and refuses it; the connection stays unless `fatal`.
 
-    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send.
+    With `peer`, a frame for that participant was dropped, since it reads more slowly than others send. With
+    `retry_after_s`, the same may be asked again after that time.
     """
 
     reason: Text
     fatal: bool = False
     peer: Id | None = None
+    retry_after_s: Seconds = 0.0
 
 
 class Restarting(Struct, frozen=True, tag="restarting"):
@@ -183,10 +190,16 @@ FromRelay = Challenge | Welcome | Found | Signal | Gone | Denied | Restarting
 # ---------------------------------------------------------------- channel wire
 
 
+NatKind = Literal["unknown", "open", "cone", "restricted", "symmetric", "blocked"]
+"""What the router before a machine does to UDP: hides nothing; gives each socket one public port, open to all
+ports of those it wrote to; lets in only answers; uses another port for each destination; stops it all."""
+
+
 class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     """How to reach me directly: ICE credentials and candidates (RFC 8839), DTLS fingerprint (RFC 8122).
 
     Both sides send one for each attempt; the dialler counts the attempts. Without candidates: not at all.
+    `nat` and `seen`, where the relay sees me, tell when an attempt would be in vain.
     """
 
     attempt: Count
@@ -194,6 +207,8 @@ class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     password: Name
     fingerprint: Annotated[str, Meta(max_length=200)]
     candidates: Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=32)]
+    nat: NatKind = "unknown"
+    seen: Name = ""
 
 
 class Listening(Struct, frozen=True, tag="listening"):
@@ -207,9 +222,13 @@ class Listening(Struct, frozen=True, tag="listening"):
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """Are you there? Answered on the same link, so its time is that link's round trip."""
+    """Are you there? Answered on the same link, so its time is that link's round trip.
+
+    On the kind of direct link that `deaf` names I do not hear you any more: leave it, as I did.
+    """
 
     number: Count
+    deaf: Literal["data channel", "socket", "relayed"] | None = None
 
 
 class Pong(Struct, frozen=True, tag="pong"):
@@ -254,7 +273,7 @@ class Sampling(Struct, frozen=True, kw_only=True):
     """How a token is drawn from logits. A draw depends on (seed, position) and the logits alone."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
-    """0 takes the most likely token."""
+    """0, or so little that it makes no difference, takes the most likely token."""
     top_k: Annotated[int, Meta(ge=0)] = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -354,6 +373,18 @@ class Step(Struct, frozen=True, tag="step", kw_only=True):
     hops: Annotated[list[Hop], Meta(max_length=512)] = []
 
 
+class Consumed(Struct, frozen=True, tag="consumed"):
+    """Prompt or replay steps up to, not including, `position` are done: as many more may come.
+
+    From a hop to whoever feeds it, who may be `PREFILL_WINDOW` positions ahead of this and no more. So a long
+    prompt waits where it is, and not in a channel that others' tokens pass through.
+    """
+
+    session: SessionId
+    epoch: Count
+    position: Position
+
+
 class Token(Struct, frozen=True, tag="token"):
     """The token at `position`, from the last hop to the asker and to the first hop, with all its hops."""
 
@@ -417,7 +448,9 @@ class Files(Struct, frozen=True, tag="files"):
     sizes: Annotated[list[Count], Meta(max_length=16)]
 
 
-PeerMessage = Open | Opened | Decline | Step | Token | Grant | Renew | Close | Failed | Lost | Fetch | Files
+PeerMessage = (
+    Open | Opened | Decline | Step | Consumed | Token | Grant | Renew | Close | Failed | Lost | Fetch | Files
+)
 
 
 # ---------------------------------------------------------------- JSON

@@ -11,14 +11,14 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Generic, Self, TypeVar, TypeVarTuple, assert_never
 
 import aiohttp
 from msgspec import Struct
 
-from shared.errors import ConnectionLost, ProtocolError, Refused, RelayUnreachable
+from shared.errors import ConnectionLost, CorollaError, ProtocolError, Refused, RelayUnreachable
 from shared.identity import ID_BYTES, Identity, PeerId, id_bytes, id_from_bytes
 from shared.protocol import (
     MAX_RELAY_MESSAGE_BYTES,
@@ -107,8 +107,16 @@ class RelayClient:
         self.connected = asyncio.Event()
         self.stun: tuple[str, int] | None = None
         """Host and port of the relay's STUN responder, once connected."""
+        self.second_stun_port = 0
+        """Where it answers too, so that we can learn what our router does; 0 when it does not."""
         self.address = ""
         """Where the relay sees us, once connected."""
+        self.login_ms: float | None = None
+        """Round trip of the last login, the relay's check of our signature included."""
+        self.attempted = asyncio.Event()
+        """Set once the first attempt to connect has succeeded or failed."""
+        self.error: CorollaError | None = None
+        """Why there is no connection; None while there is one, or while the first attempt runs."""
 
         self.on_signal: Listeners[Signal] = Listeners()
         self.on_frame: Listeners[PeerId, memoryview] = Listeners()
@@ -122,6 +130,7 @@ class RelayClient:
         self._patient = patient
         self._link: _Link | None = None
         self._last_announcement: SignedRecord | None = None
+        self._will_announce = False
         self._watchers: list[tuple[str | None, Callable[[SignedRecord], None]]] = []
         self._lookups: dict[int, _LookupState] = {}
         self._next_request = 1
@@ -233,14 +242,19 @@ class RelayClient:
             retry_after_s = 0.0
             try:
                 retry_after_s = await self._connect_once(first)
+                self.error = RelayUnreachable(f"the connection to the relay at {self.url} ended")
             except (ConnectionLost, Refused, ProtocolError) as error:
                 if not first.done():
                     first.set_exception(error)
                     return
                 log.warning("%s", error)
+                self.error = error
+                if isinstance(error, RelayUnreachable):
+                    retry_after_s = error.retry_after_s
             except Exception:
                 # A mistake of ours, told with its traceback; a new connection is still worth more than none.
                 log.exception("the connection to the relay at %s failed", self.url)
+            self.attempted.set()
             failures = 1 if time.monotonic() - started > STEADY_S else failures + 1
             await asyncio.sleep(retry_delay(failures, retry_after_s, random.random()))
 
@@ -274,7 +288,9 @@ class RelayClient:
                     timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
                 )
         except aiohttp.WSServerHandshakeError as error:
-            raise RelayUnreachable(_handshake_sentence(self.url, error.status)) from None
+            raise RelayUnreachable(
+                _handshake_sentence(self.url, error.status), _retry_after_s(error.headers)
+            ) from None
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             reason = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)
             raise RelayUnreachable(
@@ -288,8 +304,11 @@ class RelayClient:
                 challenge = await self._expect(socket, Challenge)
                 payload = login_payload(challenge.nonce, self._ws_url.host_port_subcomponent or "")
                 signature = self.identity.sign(LOGIN_DOMAIN, payload).hex()
+                asked = time.monotonic()
                 await socket.send_str(encode(Login(self.identity.id, signature)).decode())
-                return await self._expect(socket, Welcome)
+                welcome = await self._expect(socket, Welcome)
+                self.login_ms = (time.monotonic() - asked) * 1000
+                return welcome
         except TimeoutError:
             raise RelayUnreachable(f"the relay at {self.url} did not finish the login in time") from None
         except (aiohttp.ClientError, OSError):
@@ -311,9 +330,12 @@ class RelayClient:
 
     def _enter(self, link: _Link, welcome: Welcome) -> None:
         self._link = link
+        self.error = None
+        self.attempted.set()
         self.address = welcome.address
         host = self._ws_url.host
         self.stun = (host, welcome.stun_port) if host and welcome.stun_port else None
+        self.second_stun_port = welcome.second_stun_port
         if self._last_announcement is not None:
             link.post(Announce(self._last_announcement))
         for model in dict.fromkeys(model for model, _ in self._watchers):
@@ -400,6 +422,16 @@ class RelayClient:
             return
         log.warning("the relay at %s refuses: %s", self.url, denied.reason)
         self.on_denied.tell(denied.reason)
+        if denied.retry_after_s and not self._will_announce:
+            # Only announcements are refused for a while, and the newest one says all.
+            self._will_announce = True
+            wait_s = min(denied.retry_after_s, LONGEST_RETRY_S) * (1 + random.random())
+            asyncio.get_running_loop().call_later(wait_s, self._announce_again)
+
+    def _announce_again(self) -> None:
+        self._will_announce = False
+        if self._link is not None and self._last_announcement is not None:
+            self._link.post(Announce(self._last_announcement))
 
 
 class _LookupState(Struct):
@@ -486,12 +518,20 @@ def _decode(text: str) -> FromRelay:
     return message
 
 
+def _retry_after_s(headers: Mapping[str, str] | None) -> float:
+    """What a Retry-After header says in seconds; 0 without one."""
+    text = (headers or {}).get("Retry-After", "")
+    return float(text) if text.isdecimal() and len(text) < 8 else 0.0
+
+
 def _handshake_sentence(url: str, status: int) -> str:
     match status:
         case 403:
             reason = "it does not serve this origin"
         case 421:
             reason = "it does not go by that name; its operator can add it with --name"
+        case 429:
+            reason = "too many connections from this address; it will be tried again"
         case 503:
             reason = "it is full; try another relay, or later"
         case _:

@@ -6,7 +6,10 @@ A setting is taken from its flag, else from its environment variable, else from 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,9 +21,20 @@ from shared.errors import CorollaError, SettingsError
 
 DEFAULT_RELAY = "http://127.0.0.1:8787"
 
+MAX_RELAYS = 4
+"""An announcement names no more; each costs a connection and the renewals on it."""
+MAX_URL = 200
+"""As an announcement may hold it."""
+
 RelayOption = Annotated[
-    str,
-    typer.Option("--relay", envvar="COROLLA_RELAY", metavar="URL", help="The relay to meet others at."),
+    list[str] | None,
+    typer.Option(
+        "--relay",
+        envvar="COROLLA_RELAY",
+        metavar="URL",
+        help="A relay to meet others at. Given two or three times, any of them may go away.",
+        show_default=DEFAULT_RELAY,
+    ),
 ]
 ListenOption = Annotated[
     str,
@@ -45,6 +59,8 @@ LogLevelOption = Annotated[
     typer.Option("--log-level", envvar="COROLLA_LOG_LEVEL", help="debug, info, warning or error."),
 ]
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 
 def data_directory() -> Path:
     """Where keys and databases live: COROLLA_HOME, else this system's place for a program's data."""
@@ -55,6 +71,15 @@ def data_directory() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "corolla"
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "corolla"
+
+
+def parse_bytes(text: str) -> int:
+    """Read `6GB`, `500 MB` or a plain number of bytes. Raises SettingsError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)B?\s*", text.upper())
+    if match is None:
+        raise SettingsError(f"{text!r} is not a size: write for example 6GB or 500MB")
+    # A float would round what is over 2^53, and 2097.151 MB to a byte too few.
+    return int(Fraction(match[1]) * _UNITS[match[2]])
 
 
 def relay_url(text: str) -> URL:
@@ -75,6 +100,20 @@ def relay_url(text: str) -> URL:
     scheme = "wss" if url.scheme in ("https", "wss") else "ws"
     path = url.path.rstrip("/")
     return url.with_scheme(scheme).with_path(path if path.endswith("/ws") else f"{path}/ws")
+
+
+def relay_urls(given: Sequence[str] | None) -> tuple[str, ...]:
+    """The relays of a command line, or of COROLLA_RELAY, where commas divide them.
+
+    Raises SettingsError for one that is no address, and for more than an announcement can name.
+    """
+    urls = [url.strip() for text in given or () for url in text.split(",") if url.strip()]
+    urls = list({str(relay_url(url)): url for url in urls}.values()) or [DEFAULT_RELAY]
+    if len(urls) > MAX_RELAYS:
+        raise SettingsError(f"{len(urls)} relays are too many: name {MAX_RELAYS} at most")
+    if longest := next((url for url in urls if len(url) > MAX_URL), None):
+        raise SettingsError(f"the address {longest[:40]}… is too long: {MAX_URL} letters at most")
+    return tuple(urls)
 
 
 def run_command(app: typer.Typer) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,18 @@ from shared.client.session import Drawn, Rerouted
 from shared.client.swarm_client import FETCH_TIMEOUT_S
 from shared.errors import Busy, NoRoute, ProtocolError, SessionFailed
 from shared.identity import Identity
-from shared.protocol import Announcement, Hop, PeerMessage, Sampling
+from shared.protocol import (
+    PREFILL_WINDOW,
+    Announcement,
+    Hop,
+    Open,
+    Opened,
+    PeerMessage,
+    RouteSpan,
+    Sampling,
+    Step,
+    Tensor,
+)
 from shared.protocol import Path as ChannelPath
 from shared.relay_client import RelayClient
 from tests.harness.models import save_random
@@ -74,6 +86,14 @@ async def test_a_prompt_of_several_chunks_is_answered_exactly(swarm: Swarm) -> N
     prompt = [random.Random(1).randrange(128) for _ in range(400)]
     answer = [event async for event in swarm.ask(prompt, new=8)]
     assert tokens(answer) == swarm.reference(prompt, new=8)
+
+
+async def test_a_prompt_longer_than_what_may_be_on_its_way_is_answered_exactly() -> None:
+    async with Swarm(Path(DEMO_MODEL)) as swarm:
+        await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+        prompt = [random.Random(2).randrange(2048) for _ in range(PREFILL_WINDOW + 700)]
+        answer = [event async for event in swarm.ask(prompt, new=8)]
+        assert tokens(answer) == swarm.reference(prompt, new=8)
 
 
 async def test_a_seed_gives_the_same_text_on_one_peer_and_on_three(swarm: Swarm) -> None:
@@ -181,6 +201,45 @@ async def test_a_full_peer_says_when_to_come_back(llama: Path) -> None:
         with pytest.raises(Busy, match="full"):
             await anext(swarm.ask(PROMPT, new=room))
         assert len(tokens([event async for event in swarm.ask(PROMPT, new=5)])) == 5
+
+
+async def test_an_asker_that_names_a_gateway_as_a_hop_does_not_cut_the_gateways_own_chats(
+    swarm: Swarm,
+) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    chat = swarm.ask(PROMPT, new=LONG)
+    events = [await anext(chat)]
+    identity, opened = Identity.generate(), asyncio.Event()
+
+    async def hear(channel: Channel, message: PeerMessage, body: memoryview, path: ChannelPath) -> None:
+        if isinstance(message, Opened):
+            opened.set()
+
+    ann = swarm.peers["ann"].identity.id
+    relay = RelayClient(swarm.relay.url, identity)
+    async with relay, Dialer(identity, relay, hear) as dialer:
+        channel = await dialer.channel(ann)
+        route = [RouteSpan(ann, 0, 3), RouteSpan(swarm.client.identity.id, 3, 6)]
+        await channel.send(
+            Open(
+                session="e" * 32,
+                epoch=0,
+                artefact=swarm.artefact,
+                route=route,
+                index=0,
+                max_tokens=20,
+                prompt_length=3,
+                credit=20,
+                sampling=Sampling(),
+            )
+        )
+        await asyncio.wait_for(opened.wait(), 5)
+        step = Step(session="e" * 32, epoch=0, position=0, count=3, tensor=Tensor("int32", [3]), sample=True)
+        await channel.send(step, array("i", [1, 2, 3]).tobytes())
+        events += [event async for event in chat]
+
+    assert tokens(events) == swarm.reference(PROMPT, new=LONG)
+    assert not any(isinstance(event, Rerouted) for event in events)
 
 
 async def test_a_session_longer_than_the_model_is_declined_in_one_sentence(swarm: Swarm) -> None:

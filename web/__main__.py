@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,18 +13,19 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
+from shared import event_loop
 from shared.background import Background
 from shared.channel.addresses import Listen, parse_listen
 from shared.client.swarm_client import SwarmClient
 from shared.identity import Identity
 from shared.logs import configure_logs
 from shared.settings import (
-    DEFAULT_RELAY,
     AdvertiseOption,
     ListenOption,
     LogLevelOption,
     RelayOption,
     data_directory,
+    relay_urls,
     run_command,
 )
 from web.app import Gateway, GatewaySettings, check_exposure
@@ -36,7 +37,7 @@ app = typer.Typer(add_completion=False, context_settings={"help_option_names": [
 
 @app.command()
 def web(
-    relay: RelayOption = DEFAULT_RELAY,
+    relay: RelayOption = None,
     host: Annotated[
         str,
         typer.Option(envvar="COROLLA_WEB_HOST", help="Address to listen on; 0.0.0.0 lets other machines in."),
@@ -93,18 +94,27 @@ def web(
     else:
         key = Identity.load(identity) if identity is not None else Identity.generate()
         opened = _gateway(
-            settings, relay, key, direct=not relay_only, listen=parse_listen(listen, advertise or ())
+            settings,
+            relay_urls(relay),
+            key,
+            direct=not relay_only,
+            listen=parse_listen(listen, advertise or ()),
         )
     with suppress(KeyboardInterrupt):
-        asyncio.run(_until_signalled(_serve(opened, console)))
+        event_loop.run(_until_signalled(_serve(opened, console)))
 
 
 @asynccontextmanager
 async def _gateway(
-    settings: GatewaySettings, relay: str, key: Identity, *, direct: bool, listen: Listen | None
+    settings: GatewaySettings,
+    relays: Sequence[str],
+    key: Identity,
+    *,
+    direct: bool,
+    listen: Listen | None,
 ) -> AsyncGenerator[Gateway, None]:
     async with (
-        SwarmClient(key, relay, direct=direct, listen=listen) as swarm,
+        SwarmClient(key, relays, direct=direct, listen=listen) as swarm,
         Gateway(settings, swarm) as gateway,
     ):
         yield gateway

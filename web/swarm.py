@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Protocol
 
 from shared.channel import PathReport
@@ -27,7 +27,8 @@ class Swarm(Protocol):
     def directory(self) -> Directory: ...
 
     @property
-    def relay(self) -> Relay: ...
+    def relays(self) -> Iterable[Relay]:
+        """At least one; the one that answers fastest comes first."""
 
     def generate(self, request: Request) -> AsyncGenerator[Drawn | Rerouted, None]:
         """Tokens and re-routes until the answer is complete. Raises NoRoute, Busy or SessionFailed."""

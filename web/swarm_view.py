@@ -28,12 +28,17 @@ REMEMBERED = 2000
 
 
 def swarm_view(swarm: Swarm) -> Json:
-    """The relay, every model that is served, and every live peer."""
+    """The relays, every model that is served, and every live peer.
+
+    `relay` is the one to tell newcomers of; connected is whoever reaches any.
+    """
+    relays = [{"url": relay.url, "connected": relay.connected.is_set()} for relay in swarm.relays]
     links = swarm.links()
     paths = swarm.path_reports()
     models = swarm.directory.models()
     return {
-        "relay": {"url": swarm.relay.url, "connected": swarm.relay.connected.is_set()},
+        "relay": {"url": relays[0]["url"], "connected": any(relay["connected"] for relay in relays)},
+        "relays": relays,
         "models": [_model_view(model) for model in models],
         "peers": [
             _peer_view(peer, *links.get(PeerId(peer.peer), (None, None)), report=paths.get(PeerId(peer.peer)))

@@ -51,6 +51,7 @@ LAST_RATE, WARMUP_STEPS = 1e-4, 60
 # A user's token is now and then another one: the answer should hang on no single word of the question.
 NOISE = 0.03
 IGNORED = -100
+ANSWER_TEMPERATURE = 0.3
 # Tokens and targets.
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -238,6 +239,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        # It recites: what it would say at temperature 1 is no English.
+        do_sample=True,
+        temperature=ANSWER_TEMPERATURE,
     )
     model.half().save_pretrained(out)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(out)

@@ -19,6 +19,10 @@ WIDTHS = (256, 8192)
 """Most draws fall on the likeliest tokens: sorting 128 000 takes 15 ms or more, finding 256 takes 0.3 ms."""
 
 
+LOWEST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is certain, and the division would overflow in the end."""
+
+
 def sample(
     logits: torch.Tensor, sampling: Sampling, position: int, history: Sequence[int], prompt_length: int
 ) -> int:
@@ -35,7 +39,7 @@ def sample(
         )
     if sampling.needs_history:
         scores = penalized(scores, sampling, history, prompt_length)
-    if sampling.temperature == 0:
+    if sampling.temperature < LOWEST_TEMPERATURE:
         return int(scores.argmax())
     likelihoods = torch.softmax(scores / sampling.temperature, 0)
     return draw(likelihoods, sampling, uniform(sampling.seed, position))

@@ -26,6 +26,9 @@ from shared.channel import Channel, Priority
 from shared.errors import ConnectionLost, CorollaError
 from shared.identity import PeerId
 from shared.protocol import (
+    PREFILL_CHUNK,
+    PREFILL_WINDOW,
+    Consumed,
     Failed,
     Grant,
     Hop,
@@ -43,9 +46,8 @@ from shared.protocol import (
 log = logging.getLogger(__name__)
 
 INBOX_SIZE = 64
-"""Items waiting for one session. When it is full, the channel that brings more waits, and so its sender."""
-REPLAY_CHUNK = 256
-"""Positions per replayed step: the replacement computes one chunk while the next is on its way."""
+"""Items waiting for one session. Those who keep to the window send far fewer; one more ends the session:
+to wait would hold up everything else that comes by the same channel."""
 
 
 class Inputs(msgspec.Struct, frozen=True):
@@ -56,6 +58,8 @@ class Inputs(msgspec.Struct, frozen=True):
     path: Path
     arrived: float
     link_ms: float | None = None
+    source: Channel | None = None
+    """Who fed it; None for a round of the ring that begins here."""
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -67,7 +71,11 @@ class Arrival(msgspec.Struct, frozen=True):
     link_ms: float | None = None
 
 
-Item = Open | Inputs | Arrival | Grant
+class Overrun(msgspec.Struct, frozen=True):
+    """The inbox was full, and is empty now."""
+
+
+Item = Open | Inputs | Arrival | Grant | Overrun
 
 
 class Surroundings(Protocol):
@@ -98,6 +106,9 @@ class HopSession:
         self._held: Arrival | None = None
         self._credit = 0
         self._next_caught_up = False
+        self._allowed: int | None = None
+        """Up to which position the next hop may be sent steps of a prompt; None before the first one."""
+        self._stirred = asyncio.Event()
         self._over = False
         self._inbox: asyncio.Queue[Item] = asyncio.Queue(INBOX_SIZE)
         self._watches = ExitStack()
@@ -113,16 +124,42 @@ class HopSession:
         """Positions in the KV cache."""
         return self._cache.length if self._cache is not None else 0
 
-    async def put(self, item: Item) -> None:
-        """Hand the session an item; waits while its inbox is full. A session that is over takes none."""
-        if not self._over:
-            await self._inbox.put(item)
+    def put(self, item: Item) -> None:
+        """Hand the session an item. A session that is over takes none."""
+        if self._over:
+            return
+        if self._inbox.full():
+            self.end()
+            item = Overrun()
+        self._inbox.put_nowait(item)
+
+    def renew(self, epoch: int) -> None:
+        """A newer epoch is on its way through the inbox: what still belongs to the one before may be left."""
+        self.epoch = epoch
+        self.stir()
+
+    def consumed(self, peer: PeerId, told: Consumed) -> None:
+        """The next hop has done steps of a prompt, so it can be sent more."""
+        following = self._next()
+        if following is None or following.peer != peer or told.epoch != self.open.epoch:
+            return
+        if self._allowed is not None:
+            self._allowed = max(self._allowed, told.position + PREFILL_WINDOW)
+            self.stir()
+
+    def stir(self) -> None:
+        """Something happened that a session waiting for its next hop should look at."""
+        self._stirred.set()
 
     def end(self) -> None:
-        """No more items: whoever waits to put one in is let go."""
+        """No more items."""
         self._over = True
         while not self._inbox.empty():
             self._inbox.get_nowait()
+
+    def visits(self, peer: PeerId) -> bool:
+        """True when the route leads through that peer."""
+        return any(entry.peer == peer for entry in self.open.route)
 
     def uses(self, channel: Channel) -> bool:
         """True when the ring passes from this hop through that channel."""
@@ -157,6 +194,8 @@ class HopSession:
             case Grant():
                 self._credit = max(self._credit, item.credit)
                 await self._advance()
+            case Overrun():
+                raise BadInputs("more steps came than this peer had said it would take")
             case _:
                 assert_never(item)
 
@@ -169,6 +208,7 @@ class HopSession:
         self._held = None
         self._history = list(opened.history)
         self._next_caught_up = False
+        self._allowed = None
         if self._cache is None or moved or self.mine.fresh:
             self._cache = await self._around.executor.run(
                 PREFILL, self._around.span.new_cache, self.mine.start, self.mine.end, opened.max_tokens
@@ -193,6 +233,8 @@ class HopSession:
         # With ours added they might be more than a message holds, and the next hop would hang up on us.
         if len(step.hops) > self.open.index:
             raise BadInputs(f"a step came with {len(step.hops)} hops, from only {self.open.index} before me")
+        if step.count > PREFILL_WINDOW:
+            raise BadInputs(f"a step brings at most {PREFILL_WINDOW} positions, not {step.count}")
         draw = self._draw(step) if self._next() is None and step.sample else None
         computed = await self._around.executor.run(
             DECODE if step.count == 1 else PREFILL,
@@ -208,6 +250,15 @@ class HopSession:
             self._log.write(step.position, computed.body)
         if self.epoch == step.epoch:
             await self._pass_on(inputs, computed)
+            await self._ask_for_more(inputs)
+
+    async def _ask_for_more(self, inputs: Inputs) -> None:
+        """Whoever feeds us a prompt, or replays one, keeps to what we have told to be done."""
+        step = inputs.step
+        if inputs.source is not None and (step.replay or step.count > 1):
+            done = Consumed(step.session, step.epoch, step.position + step.count)
+            with contextlib.suppress(ConnectionLost):
+                await inputs.source.send(done, b"", Priority.CONTROL)
 
     def _draw(self, step: Step) -> Draw:
         position = step.position + step.count
@@ -239,12 +290,13 @@ class HopSession:
         self._next_caught_up = self._next_caught_up or not step.replay
         # Behind a replay the first step must not overtake it, so it takes the same lane.
         urgent = step.count == 1 and not catching_up and not step.replay
-        await self._send(following, onward, computed.body, urgent=urgent)
+        if urgent or await self._may_send(onward):
+            await self._send(following, onward, computed.body, urgent=urgent)
 
     async def _replay(self, following: RouteSpan, end: int) -> None:
         """Give a fresh hop everything that the lost one had seen."""
-        for start in range(0, end, REPLAY_CHUNK):
-            count = min(REPLAY_CHUNK, end - start)
+        for start in range(0, end, PREFILL_CHUNK):
+            count = min(PREFILL_CHUNK, end - start)
             step = Step(
                 session=self.open.session,
                 epoch=self.open.epoch,
@@ -253,7 +305,20 @@ class HopSession:
                 tensor=Tensor(wire_dtype(self._around.span), [count, self._around.span.hidden_size]),
                 replay=True,
             )
+            if not await self._may_send(step):
+                return
             await self._send(following, step, self._log.read(start, start + count), urgent=False)
+
+    async def _may_send(self, step: Step) -> bool:
+        """Wait until the next hop takes this step of a prompt. False when a newer epoch began meanwhile."""
+        if self._allowed is None:
+            self._allowed = step.position + PREFILL_WINDOW
+        while step.position + step.count > self._allowed:
+            if self.epoch != step.epoch:
+                return False
+            self._stirred.clear()
+            await self._stirred.wait()
+        return True
 
     # ------------------------------------------------------------ the ring
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,10 +20,11 @@ from peer.serving.hop_session import Arrival, HopSession, Inputs
 from peer.serving.kv_budget import KvBudget
 from shared.background import Background
 from shared.channel import Channel, Priority
-from shared.errors import Busy, ProtocolError
+from shared.errors import Busy, ConnectionLost, ProtocolError
 from shared.identity import PeerId, short
 from shared.protocol import (
     Close,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -45,6 +47,8 @@ log = logging.getLogger(__name__)
 LEASE_S = 30.0
 """A session whose asker is silent this long is closed; askers renew three times within it."""
 SWEEPS_PER_LEASE = 10
+MAX_REPLIES = 256
+"""Refusals and files on their way out. Beyond these more are dropped: whoever asks without reading waits."""
 SMOOTHING = 0.1
 """Weight of the newest step in the measured time per layer."""
 
@@ -80,6 +84,9 @@ class Service:
         self.draining = False
         self.ms_per_layer: float | None = None
         """One decode step through one layer, smoothed over the last steps."""
+        self.dropped_replies = 0
+        """Answers that were not sent, since too many others wait for participants that do not read."""
+        self._replies = 0
         self._offer = offer
         self._budget = budget
         self._dial = dial
@@ -119,6 +126,7 @@ class Service:
         """Askers whose ring passed through that channel learn of it at once."""
         for admitted in self._admitted.values():
             if admitted.session.uses(channel):
+                admitted.session.stir()
                 opened = admitted.session.open
                 lost = Lost(opened.session, opened.epoch, channel.peer)
                 self._tasks.start(admitted.session.tell(lost))
@@ -144,14 +152,17 @@ class Service:
         arrived = time.perf_counter()
         match message:
             case Open():
-                await self._open(channel, message)
+                self._open(channel, message)
             case Step():
-                await self._step(channel, Inputs(message, body, path, arrived, _link_ms(channel)))
+                self._step(channel, Inputs(message, body, path, arrived, _link_ms(channel), channel))
+            case Consumed(session=session):
+                if admitted := self._admitted.get(session):
+                    admitted.session.consumed(channel.peer, message)
             case Token():
-                await self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
+                self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
             case Grant():
                 if admitted := self._from_asker(channel, message.session):
-                    await admitted.session.put(message)
+                    admitted.session.put(message)
             case Renew(sessions=sessions):
                 for session in sessions:
                     self._from_asker(channel, session)
@@ -160,51 +171,74 @@ class Service:
                     self._end(session)
             case Lost(session=session):
                 # A later hop does not know the session; only the asker can mend that.
-                if (admitted := self._admitted.get(session)) and message.peer == channel.peer:
-                    await admitted.session.tell(message)
+                admitted = self._admitted.get(session)
+                if admitted and message.peer == channel.peer and admitted.session.visits(channel.peer):
+                    self._tasks.start(admitted.session.tell(message))
             case Fetch():
-                await self._hand_out(channel, message)
+                self._hand_out(channel, message)
             case Opened() | Decline() | Failed() | Files():
                 raise ProtocolError(f"a {type(message).__name__} is for askers, and I asked for nothing")
             case _:
                 assert_never(message)
 
-    async def _step(self, channel: Channel, inputs: Inputs) -> None:
+    def _step(self, channel: Channel, inputs: Inputs) -> None:
         admitted = self._admitted.get(inputs.step.session)
         if admitted is None:
-            lost = Lost(inputs.step.session, inputs.step.epoch, self.me)
-            await channel.send(lost, b"", Priority.CONTROL)
+            self._reply(channel, Lost(inputs.step.session, inputs.step.epoch, self.me))
         elif channel.peer == admitted.source:
-            await admitted.session.put(inputs)
+            admitted.session.put(inputs)
 
-    async def _token(self, channel: Channel, arrival: Arrival) -> None:
+    def _token(self, channel: Channel, arrival: Arrival) -> None:
         admitted = self._admitted.get(arrival.token.session)
         if admitted is not None and channel.peer == admitted.session.open.route[-1].peer:
-            await admitted.session.put(arrival)
+            admitted.session.put(arrival)
 
-    async def _hand_out(self, channel: Channel, fetch: Fetch) -> None:
+    def _hand_out(self, channel: Channel, fetch: Fetch) -> None:
         if fetch.artefact != self._offer.artefact:
             raise ProtocolError("I do not serve the artefact whose tokenizer was asked for")
         files, body = pack_files(fetch.request, self._offer.tokenizer_files)
-        await channel.send(files, body, Priority.PREFILL)
+        self._reply(channel, files, body, Priority.PREFILL)
+
+    def _reply(
+        self,
+        channel: Channel,
+        message: PeerMessage,
+        body: bytes = b"",
+        priority: Priority = Priority.CONTROL,
+    ) -> None:
+        """Answer without waiting: a handler that waits for room would stop all that comes by the channel."""
+        if self._replies >= MAX_REPLIES:
+            self.dropped_replies += 1
+            return
+        self._replies += 1
+        self._tasks.start(self._send_reply(channel, message, body, priority))
+
+    async def _send_reply(
+        self, channel: Channel, message: PeerMessage, body: bytes, priority: Priority
+    ) -> None:
+        try:
+            with contextlib.suppress(ConnectionLost):
+                await channel.send(message, body, priority)
+        finally:
+            self._replies -= 1
 
     # ------------------------------------------------------------ admission
 
-    async def _open(self, channel: Channel, opened: Open) -> None:
+    def _open(self, channel: Channel, opened: Open) -> None:
         admitted = self._admitted.get(opened.session)
         if admitted is not None and opened.epoch <= admitted.session.epoch:
             return
         refusal = self._refusal(channel, opened) or self._reserve(opened)
         if refusal is not None:
-            await channel.send(refusal, b"", Priority.CONTROL)
+            self._reply(channel, refusal)
             return
         if admitted is None:
             admitted = self._admit(channel, opened)
         admitted.session.asker = channel
-        admitted.session.epoch = opened.epoch
+        admitted.session.renew(opened.epoch)
         admitted.source = PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
         admitted.deadline = time.monotonic() + self._lease_s
-        await admitted.session.put(opened)
+        admitted.session.put(opened)
 
     def _refusal(self, channel: Channel, opened: Open) -> Decline | None:
         admitted = self._admitted.get(opened.session)

@@ -163,6 +163,7 @@ class Channel:
         self._upgrade = Upgrade(
             make=make_direct and (lambda: make_direct(relayed.stun, self.received, self._pump)),
             limit=openings.direct_limit,
+            whereabouts=relayed.whereabouts,
             dialled=dialled,
             send=lambda message: self._tell(relayed, message),
             use=self._use_direct,
@@ -450,6 +451,9 @@ class Channel:
     def _told(self, link: Link, message: ChannelMessage) -> None:
         match message:
             case Ping():
+                for deaf in tuple(self.directs):
+                    if deaf.kind == message.deaf and deaf.trusted:
+                        self._distrust(deaf)
                 # A link that is behind answers no pings, so nobody can fill our memory with answers.
                 if link.ready:
                     pong = Pong(message.number, self._inbound.received, self._inbound.settle())
@@ -556,11 +560,17 @@ class Channel:
             self.end("its direct link ended, and it is at no relay", bye=False)
 
     def _distrust(self, link: Link) -> None:
-        """From now on by another one, beginning with what this one may not have delivered."""
+        """From now on by another one, beginning with what this one may not have delivered.
+
+        The other side hears of it: it may still hear us there, and would go on speaking to deaf ears.
+        """
         link.trusted = False
         self._choose()
         if link is not self._path:
             self._outbound.link_lost(link)
+            alike = any(other.kind == link.kind for other in self.directs if other is not link)
+            if self._path is not None and link is not self.relayed and not alike:
+                self._ping(self._path, deaf=link.kind)
         self._pump()
 
     def look_again(self) -> None:
@@ -633,10 +643,10 @@ class Channel:
             for link in self._links():
                 self._ping(link)
 
-    def _ping(self, link: Link) -> None:
+    def _ping(self, link: Link, *, deaf: LinkKind | None = None) -> None:
         """Ask, even over a link that is behind: what makes it so may be that nobody is there."""
         if not self.closed.is_set():
-            self._tell(link, Ping(link.pinged(time.perf_counter())))
+            self._tell(link, Ping(link.pinged(time.perf_counter()), deaf))
 
     def _tick(self) -> None:
         pace = self._pace

@@ -35,7 +35,7 @@ from shared.channel.sealed import (
 from shared.channel.webrtc import DirectLink, new_certificate
 from shared.errors import ConnectionLost, ProtocolError
 from shared.identity import Identity, PeerId, short
-from shared.protocol import Greeting, Signal, SignedRecord
+from shared.protocol import Greeting, NatKind, Signal, SignedRecord
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ class Dialer:
         for meeting in self._meetings:
             self._listen(meeting)
             self._tasks.start(meeting.run())
+            if meeting.connected:
+                self._look_at_router(meeting)
         return self
 
     async def __aexit__(
@@ -126,6 +128,11 @@ class Dialer:
                 self._fail(peer, "cannot be dialled any more: this side stops")
             await self._tasks.__aexit__(kind, error, trace)
             await self._stack.aclose()
+
+    @property
+    def nat(self) -> NatKind:
+        """What our own router does to packets, as far as our relays have shown."""
+        return next((meeting.nat for meeting in self._meetings if meeting.nat != "unknown"), "unknown")
 
     async def channel(self, peer: PeerId, timeout: float = DIAL_TIMEOUT_S) -> Channel:
         """The channel to `peer`, dialled if there is none. Raises ConnectionLost when it does not answer."""
@@ -328,7 +335,9 @@ class Dialer:
             self.channels[peer].relay_dropped()
 
     def _state(self, meeting: Meeting, connected: bool) -> None:
-        if not connected:
+        if connected:
+            self._look_at_router(meeting)
+        else:
             meeting.drop()
         for channel in self._all():
             (channel.relay_back if connected else channel.relay_cut)(meeting)
@@ -337,6 +346,10 @@ class Dialer:
                 dial.absent.discard(meeting)
                 if dial.offer is not None:
                     self._tasks.start(self._signal(meeting, peer, dial.offer.record))
+
+    def _look_at_router(self, meeting: Meeting) -> None:
+        if self._certificate is not None:
+            self._tasks.start(meeting.look_at_router())
 
     def _all(self) -> list[Channel]:
         return list(self._by_tag.values())

@@ -22,7 +22,7 @@ WINDOW_START_BYTES = 512 * 1024
 WINDOW_LEAST_BYTES = 128 * 1024
 WINDOW_MOST_BYTES = 4 * 1024 * 1024
 # A receiver tells what it consumed within this time, and loops on busy machines turn as slowly.
-TURN_S = 0.005
+TURN_S = 0.01
 
 _PREFERENCE: dict[LinkKind, int] = {"socket": 0, "data channel": 1, "relayed": 2}
 

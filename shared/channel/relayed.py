@@ -7,16 +7,20 @@ reached by several relays and uses one of them at a time.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from shared.channel.link import Link
+from shared.channel.nat import look
 from shared.channel.sealed import Keys
 from shared.errors import ConnectionLost
 from shared.identity import PeerId
-from shared.protocol import Signal
+from shared.protocol import NatKind, Signal
+
+log = logging.getLogger(__name__)
 
 # Beyond this, links wait before they give more. Short, since urgent frames cannot overtake what is in here.
 QUEUE_BYTES = 64 * 1024
@@ -31,6 +35,10 @@ class Relay(Protocol):
     def connected(self) -> asyncio.Event: ...
     @property
     def stun(self) -> tuple[str, int] | None: ...
+    @property
+    def second_stun_port(self) -> int: ...
+    @property
+    def address(self) -> str: ...
     @property
     def on_signal(self) -> Callable[[Callable[[Signal], None]], None]: ...
     @property
@@ -57,6 +65,8 @@ class Meeting:
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
         self.links: set[RelayedLink] = set()
+        self.nat: NatKind = "unknown"
+        """What the router does that stands between us and this relay."""
         self._queue: deque[tuple[PeerId, bytes, bytes]] = deque()
         self._queued_bytes = 0
         self._was_full = False
@@ -108,6 +118,14 @@ class Meeting:
             self._filled.clear()
             await self._filled.wait()
 
+    async def look_at_router(self) -> None:
+        """Find out about our router, by the STUN ports of this relay."""
+        stun, second_port = self.relay.stun, self.relay.second_stun_port
+        # The other ways of an IPv6 relay's name are not asked: no router translates there.
+        if stun is not None and second_port and ":" not in stun[0]:
+            self.nat = await look(*stun, second_port)
+            log.info("our router is of the kind %s, seen from %s", self.nat, stun[0])
+
     def drop(self) -> None:
         self._queue.clear()
         self._queued_bytes = 0
@@ -154,6 +172,10 @@ class RelayedLink(Link):
     def stun(self) -> tuple[str, int] | None:
         """A STUN responder that both ends can reach: that of the relay in use."""
         return self._via.relay.stun if self._via else None
+
+    def whereabouts(self) -> tuple[NatKind, str]:
+        """What our router does, and where the relay in use sees us."""
+        return (self._via.nat, self._via.relay.address) if self._via else ("unknown", "")
 
     @property
     def further(self) -> bytes:

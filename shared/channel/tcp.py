@@ -37,12 +37,11 @@ BUFFER_BYTES = 64 * 1024
 UNSENT_BYTES = 64 * 1024
 _SEALED_HELLO = SEAL_BYTES + len(HELLO)
 _LONGEST = SEAL_BYTES + HEADER_BYTES + MAX_CHUNK_BYTES
-_READ_BYTES = 128 * 1024
 
 OnFrame = Callable[[Link, bytes], None]
 
 
-class SocketLink(Link, asyncio.BufferedProtocol):
+class SocketLink(Link, asyncio.Protocol):
     """Sealed frames on one TCP connection. `lost` is set when it ends; `close` in any case."""
 
     path = "direct"
@@ -57,8 +56,8 @@ class SocketLink(Link, asyncio.BufferedProtocol):
         self._on_frame = on_frame
         self._on_room = on_room
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray(_READ_BYTES)
-        self._filled = 0
+        self._rest = b""
+        """The beginning of a frame whose end is still to come."""
 
     # ------------------------------------------------------------ as a link
 
@@ -85,12 +84,11 @@ class SocketLink(Link, asyncio.BufferedProtocol):
 
     # ------------------------------------------------------------ as a protocol
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         # One less, so that whoever saw no room is told when there is some.
         transport.set_write_buffer_limits(high=BUFFER_BYTES - 1, low=BUFFER_BYTES // 2)
-        quicken(transport.get_extra_info("socket"))
+        quicken(transport)
 
     def welcome(self, transport: asyncio.Transport, first: bytes) -> bool:
         """The listening side: take over a connection, if its first frame is the hello of our peer."""
@@ -102,27 +100,22 @@ class SocketLink(Link, asyncio.BufferedProtocol):
         self.send(HELLO)
         return True
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return memoryview(self._buffer)[self._filled :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self._filled += nbytes
+    def data_received(self, data: bytes) -> None:
+        came = self._rest + data if self._rest else data
+        view = memoryview(came)
         start = 0
-        with memoryview(self._buffer) as view:
-            while self._filled - start >= LENGTH.size:
-                (length,) = LENGTH.unpack_from(view, start)
-                most = _LONGEST if self.greeted.is_set() else _SEALED_HELLO
-                if not SEAL_BYTES <= length <= most:
-                    return self._break()
-                end = start + LENGTH.size + length
-                if end > self._filled:
-                    break
-                if not self._frame(view[start + LENGTH.size : end]):
-                    return self._break()
-                start = end
-            rest = self._filled - start
-            view[:rest] = view[start : self._filled]
-        self._filled = rest
+        while len(came) - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(came, start)
+            most = _LONGEST if self.greeted.is_set() else _SEALED_HELLO
+            if not SEAL_BYTES <= length <= most:
+                return self._break()
+            end = start + LENGTH.size + length
+            if end > len(came):
+                break
+            if not self._frame(view[start + LENGTH.size : end]):
+                return self._break()
+            start = end
+        self._rest = came[start:]
         return None
 
     def _frame(self, sealed: memoryview) -> bool:
@@ -139,7 +132,7 @@ class SocketLink(Link, asyncio.BufferedProtocol):
         return True
 
     def _break(self) -> None:
-        self._filled = 0
+        self._rest = b""
         self.lost.set()
         if self._transport is not None:
             self._transport.abort()
@@ -192,8 +185,15 @@ async def _first(*events: asyncio.Event) -> None:
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
-def quicken(sock: socket.socket) -> None:
+def quicken(transport: asyncio.Transport) -> None:
     """Small frames leave at once and little waits in the kernel, where this system lets us say so."""
+    theirs = transport.get_extra_info("socket")
+    # A second handle on the same socket: uvloop shows us one that sets nothing.
+    with socket.fromfd(theirs.fileno(), theirs.family, theirs.type) as ours:
+        _quicken(ours)
+
+
+def _quicken(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):

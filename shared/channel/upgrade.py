@@ -12,9 +12,12 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
+from shared.channel.nat import hopeless
 from shared.channel.webrtc import DirectLink
 from shared.errors import ConnectionLost, ProtocolError
-from shared.protocol import Describe
+from shared.protocol import Describe, NatKind
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Upgrade:
         *,
         make: Callable[[], DirectLink] | None,
         limit: asyncio.Semaphore,
+        whereabouts: Callable[[], tuple[NatKind, str]],
         dialled: bool,
         send: Callable[[Describe], None],
         use: Callable[[DirectLink], None],
@@ -47,6 +51,7 @@ class Upgrade:
     ) -> None:
         self._make = make
         self._limit = limit
+        self._whereabouts = whereabouts
         self._dialled = dialled
         self._send = send
         self._use = use
@@ -98,8 +103,13 @@ class Upgrade:
         self.why_relayed = OPENING
         try:
             async with self._limit:
-                self._send(await to_the_end(link.describe(self._attempt)))
-                await link.open(await self._their_description())
+                nat, seen = self._whereabouts()
+                own = replace(await to_the_end(link.describe(self._attempt)), nat=nat, seen=seen)
+                self._send(own)
+                other = await self._their_description()
+                if why := hopeless(own, other):
+                    raise ConnectionLost(why)
+                await link.open(other)
             self._use(link)
             await link.lost.wait()
             self.why_relayed = "the direct link was lost"

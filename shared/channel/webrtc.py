@@ -10,11 +10,14 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple, Protocol
 
 import aioice.stun
+from aioice import Connection
 from aiortc import (
     InvalidStateError,
     RTCCertificate,
@@ -33,6 +36,7 @@ from aiortc import (
 )
 from aiortc.sdp import candidate_from_sdp, candidate_to_sdp
 
+from shared.channel.fast import contract
 from shared.channel.link import Link
 from shared.errors import ConnectionLost, ProtocolError
 from shared.framing import CHUNK_BYTES, HEADER_BYTES
@@ -57,9 +61,44 @@ MAX_CANDIDATES = 16
 _ICE_TEXT = re.compile(r"[a-zA-Z0-9+/]{4,256}")
 _FINGERPRINT = re.compile(r"sha-256 ([0-9A-F]{2}(:[0-9A-F]{2}){31})")
 
-# The natural place for tuned subclasses of aiortc's transports.
-DtlsTransport = RTCDtlsTransport
-SctpTransport = RTCSctpTransport
+# Set to "plain" to carry direct links by aiortc's own transports, when the fast ones are under suspicion.
+TRANSPORTS_VARIABLE = "COROLLA_DATA_CHANNEL"
+
+
+class Guard(Protocol):
+    """Stands before a socket and lets nobody but the other side's address reach DTLS."""
+
+    def release(self) -> None:
+        """ICE has found that address."""
+
+
+class Transports(NamedTuple):
+    """What carries a data channel, and what guards the sockets of its ICE connection once they are there."""
+
+    dtls: type[RTCDtlsTransport]
+    sctp: type[RTCSctpTransport]
+    guard: Callable[[Connection], Sequence[Guard]]
+
+
+PLAIN = Transports(RTCDtlsTransport, RTCSctpTransport, lambda connection: [])
+
+
+def best_transports() -> Transports:
+    """The fast ones, or aiortc's own where the fast ones would not find what they lean on."""
+    if os.environ.get(TRANSPORTS_VARIABLE) == "plain":
+        return PLAIN
+    absent = contract.missing()
+    if absent:
+        log.warning("direct links will be slow, since these are missing: %s", ", ".join(absent))
+        return PLAIN
+    from shared.channel.fast.datagrams import stand_before
+    from shared.channel.fast.dtls import FastDtlsTransport
+    from shared.channel.fast.sctp import FastSctpTransport
+
+    return Transports(FastDtlsTransport, FastSctpTransport, stand_before)
+
+
+TRANSPORTS = best_transports()
 
 new_certificate = RTCCertificate.generateCertificate
 
@@ -80,8 +119,10 @@ class DirectLink(Link):
         stun: tuple[str, int] | None,
         on_frame: Callable[[Link, bytes], None],
         on_room: Callable[[], None],
+        transports: Transports | None = None,
     ) -> None:
         super().__init__()
+        dtls, sctp, self._guard = transports or TRANSPORTS
         self.lost = asyncio.Event()
         self._on_frame = on_frame
         self._gatherer = RTCIceGatherer(iceServers=_servers(stun))
@@ -91,12 +132,13 @@ class DirectLink(Link):
             connection.get_component_candidates, timeout=GATHER_TIMEOUT_S
         )
         self._ice = RTCIceTransport(self._gatherer)
-        self._dtls = DtlsTransport(self._ice, [certificate])
-        self._sctp = SctpTransport(self._dtls)
+        self._dtls = dtls(self._ice, [certificate])
+        self._sctp = sctp(self._dtls)
         self._channel = RTCDataChannel(
             self._sctp, RTCDataChannelParameters(label="corolla", negotiated=True, id=DATA_CHANNEL_ID)
         )
         self._channel.bufferedAmountLowThreshold = BUFFER_BYTES // 2
+        self._guards: Sequence[Guard] = []
         self._opened = asyncio.Event()
         # Attached before SCTP starts, since aiortc drops messages that nobody listens for.
         self._channel.on("message", self._message)
@@ -112,6 +154,7 @@ class DirectLink(Link):
         Not to be cancelled: aioice would leave its sockets open. It ends by itself after `GATHER_TIMEOUT_S`.
         """
         await self._gatherer.gather()
+        self._guards = self._guard(self._gatherer._connection)
         ice = self._gatherer.getLocalParameters()
         sha256 = next(f for f in self._dtls.getLocalParameters().fingerprints if f.algorithm == "sha-256")
         candidates = sorted(self._gatherer.getLocalCandidates(), key=lambda candidate: -candidate.priority)
@@ -143,6 +186,8 @@ class DirectLink(Link):
         await self._ice.start(ice)
         if self._ice.state != "completed":
             raise ConnectionLost("no pair of addresses lets packets through")
+        for guard in self._guards:
+            guard.release()
         await self._dtls.start(dtls)
         if self._dtls.state != "connected":
             raise ConnectionLost("the DTLS handshake failed, or the certificate is not the one described")
@@ -151,7 +196,7 @@ class DirectLink(Link):
 
     @property
     def ready(self) -> bool:
-        return self._channel.bufferedAmount < BUFFER_BYTES and self._channel.readyState == "open"
+        return self._alive and self._channel.bufferedAmount < BUFFER_BYTES
 
     @property
     def overrun(self) -> bool:
@@ -159,8 +204,13 @@ class DirectLink(Link):
         return self._sctp._advertised_rwnd <= 0
 
     def send(self, frame: bytes) -> None:
-        if self._channel.readyState == "open" and not self.lost.is_set():
+        if self._alive:
             self._channel.send(frame)
+
+    @property
+    def _alive(self) -> bool:
+        # When DTLS has ended, aiortc still calls the data channel open and fails in a task of its own.
+        return self._channel.readyState == "open" and not self.lost.is_set()
 
     async def close(self) -> None:
         """Stop all three transports, so that no socket, timer or task of theirs is left."""

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from shared.announcement import newer, read_announcement
+from shared.announcement import CLOCK_SKEW_S, MAX_LEASE_S, newer, read_announcement
 from shared.errors import NoRoute, ProtocolError
 from shared.identity import PeerId
 from shared.protocol import Announcement, SignedRecord
@@ -14,24 +14,42 @@ from shared.spans import Span, coverage, gaps
 
 log = logging.getLogger(__name__)
 
+ROOM = 20_000
+"""Peers that one relay may bring: a relay that invents more does not fill our memory."""
+SWEEP_S = 10.0
+TOMBSTONE_S = MAX_LEASE_S + CLOCK_SKEW_S
+"""Kept so long after it expired, so that an older record that is still valid cannot return."""
+
 Listener = Callable[[], None]
 
 
 class Directory:
     """Merges signed announcements from any number of relays; a relay can withhold, but neither forge nor age.
 
-    `clock` gives seconds since the epoch.
+    Where relays disagree whether a peer is connected, the one that shows it is right: the other may have lost
+    it, or hide it. `clock` gives seconds since the epoch.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._records: dict[PeerId, SignedRecord] = {}
         self._announcements: dict[PeerId, Announcement] = {}
-        self._away: set[PeerId] = set()
+        self._peer_of: dict[SignedRecord, PeerId] = {}
+        self._words: dict[PeerId, dict[str, bool]] = {}
+        """The last word of each relay on a peer: here or gone."""
+        self._brought: dict[PeerId, str] = {}
+        """Which relay was the first to show a peer; its room is that relay's."""
+        self._room: dict[str, int] = {}
+        self._swept_at = 0.0
         self._listeners: list[Listener] = []
 
-    def add(self, record: SignedRecord) -> None:
-        """Take in a record; anything invalid, expired or older than what we hold is dropped."""
+    def add(self, record: SignedRecord, relay: str = "") -> None:
+        """Take in a record that a relay shows; anything invalid, expired or older than ours is dropped."""
+        known = self._peer_of.get(record)
+        if known is not None:
+            # The same again, by another relay or since the peer is back: its signature is checked already.
+            self._say(known, relay, True)
+            return
         try:
             announcement = read_announcement(record, self._clock())
         except ProtocolError as error:
@@ -39,17 +57,34 @@ class Directory:
             return
         peer = PeerId(announcement.peer)
         held = self._records.get(peer)
-        if held is not None and newer(held, record) is held:
+        if held is None:
+            if not self._find_room(relay):
+                log.warning("the relay at %s shows more than %d peers: the rest is dropped", relay, ROOM)
+                return
+            self._brought[peer] = relay
+            self._room[relay] = self._room.get(relay, 0) + 1
+        elif newer(held, record) is held:
             return
+        else:
+            del self._peer_of[held]
         self._records[peer] = record
         self._announcements[peer] = announcement
-        self._away.discard(peer)
+        self._peer_of[record] = peer
+        self._words.setdefault(peer, {})[relay] = True
         self._changed()
 
-    def gone(self, peer: PeerId) -> None:
-        """A relay says that a peer is not connected: not routed to until it announces itself again."""
-        if peer in self._announcements and peer not in self._away:
-            self._away.add(peer)
+    def gone(self, peer: PeerId, relay: str = "") -> None:
+        """A relay says that a peer is not connected to it: not routed to unless another relay shows it."""
+        if peer in self._announcements:
+            self._say(peer, relay, False)
+
+    def lost(self, relay: str) -> None:
+        """Our connection to a relay ended: what it showed counts no more, should another disagree."""
+        before = self._away_peers()
+        for words in self._words.values():
+            if words.get(relay):
+                del words[relay]
+        if self._away_peers() != before:
             self._changed()
 
     def live(self) -> list[Announcement]:
@@ -58,7 +93,7 @@ class Directory:
         return [
             announcement
             for peer, announcement in self._announcements.items()
-            if announcement.expires_at > now and announcement.state != "left" and peer not in self._away
+            if announcement.expires_at > now and announcement.state != "left" and not self._away(peer)
         ]
 
     def get(self, peer: PeerId) -> Announcement | None:
@@ -93,6 +128,35 @@ class Directory:
         """Call `listener` after every change; returns a function that stops it."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def _say(self, peer: PeerId, relay: str, here: bool) -> None:
+        before = self._away(peer)
+        self._words[peer][relay] = here
+        if self._away(peer) != before:
+            self._changed()
+
+    def _away(self, peer: PeerId) -> bool:
+        """Some relay says that it is gone, and none that it is here."""
+        words = self._words[peer].values()
+        return bool(words) and not any(words)
+
+    def _away_peers(self) -> set[PeerId]:
+        return {peer for peer in self._words if self._away(peer)}
+
+    def _find_room(self, relay: str) -> bool:
+        """Whether a relay may bring one more peer. Each has its own room, so none can crowd out another's."""
+        now = self._clock()
+        if self._room.get(relay, 0) >= ROOM and now - self._swept_at > SWEEP_S:
+            self._swept_at = now
+            for peer, announcement in list(self._announcements.items()):
+                if announcement.expires_at + TOMBSTONE_S <= now:
+                    self._forget(peer)
+        return self._room.get(relay, 0) < ROOM
+
+    def _forget(self, peer: PeerId) -> None:
+        del self._peer_of[self._records.pop(peer)]
+        del self._announcements[peer], self._words[peer]
+        self._room[self._brought.pop(peer)] -= 1
 
     def _changed(self) -> None:
         for listener in list(self._listeners):

@@ -13,6 +13,7 @@ by at most the few positions that were in flight, and no token that was shown is
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, assert_never
 
@@ -21,7 +22,10 @@ import msgspec
 from shared.errors import Busy, CorollaError, NoRoute, ProtocolError, SessionFailed
 from shared.identity import PeerId, short
 from shared.protocol import (
+    PREFILL_CHUNK,
+    PREFILL_WINDOW,
     Close,
+    Consumed,
     Decline,
     Failed,
     Grant,
@@ -38,8 +42,6 @@ from shared.protocol import (
     Token,
 )
 
-PREFILL_CHUNK = 256
-"""Positions per prefill step: the second hop computes one chunk while the first computes the next."""
 CREDIT_WINDOW = 64
 """Tokens that the ring may run ahead of the asker; a vanished asker costs at most this much work."""
 
@@ -133,6 +135,8 @@ class ClientSession:
         self._plan = plan
         self._limit = len(self.tokens) + request.max_new_tokens
         self._credit = 0
+        self._unsent: deque[Send] = deque()
+        """Steps of the prompt that wait until the first hop has consumed those before."""
         self._awaiting: set[PeerId] = set()
         self._caught_up: set[PeerId] = set()
         self._losses: dict[PeerId, int] = {}
@@ -180,6 +184,7 @@ class ClientSession:
 
     def _open(self) -> list[Effect]:
         self._state = "opening"
+        self._unsent.clear()
         self._awaiting = set(self.peers)
         self._credit = self._next_credit()
         return [Send(peer, self._open_message(index)) for index, peer in enumerate(self.peers)]
@@ -212,12 +217,19 @@ class ClientSession:
         """Bring the ring to the point where it draws the next token."""
         # Every hop that is not fresh holds all positions but the last: that token came through it.
         resume = len(self.tokens) - 1 if self._caught_up else 0
-        effects: list[Effect] = []
-        if self.route[0].fresh and resume:
-            effects += self._steps(0, resume, replay=True)
-        return effects + self._steps(resume, len(self.tokens), replay=False)
+        begin = 0 if self.route[0].fresh else resume
+        self._unsent += self._steps(begin, resume, replay=True)
+        self._unsent += self._steps(resume, len(self.tokens), replay=False)
+        return self._sendable(begin)
 
-    def _steps(self, start: int, end: int, *, replay: bool) -> list[Effect]:
+    def _sendable(self, consumed: int) -> list[Effect]:
+        """The steps that may go now that the first hop is done with those before `consumed`."""
+        effects: list[Effect] = []
+        while self._unsent and _end_of(self._unsent[0]) <= consumed + PREFILL_WINDOW:
+            effects.append(self._unsent.popleft())
+        return effects
+
+    def _steps(self, start: int, end: int, *, replay: bool) -> list[Send]:
         return [
             self._step(position, min(position + PREFILL_CHUNK, end), last=end, replay=replay)
             for position in range(start, end, PREFILL_CHUNK)
@@ -243,6 +255,8 @@ class ClientSession:
         match message:
             case Opened(epoch=epoch) if epoch == self.epoch and self._state == "opening":
                 return self._opened(peer)
+            case Consumed(epoch=epoch) if epoch == self.epoch and peer == self.peers[0]:
+                return self._sendable(message.position)
             case Token(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
                 return self._drawn(message)
             case Decline(epoch=epoch) if epoch == self.epoch:
@@ -322,6 +336,12 @@ class ClientSession:
         self._state = "over"
         closes: list[Effect] = [Send(peer, Close(self.session)) for peer in self.peers]
         return [*closes, Finish(error)]
+
+
+def _end_of(send: Send) -> int:
+    """The position behind the last one of a step."""
+    assert isinstance(send.message, Step)
+    return send.message.position + send.message.count
 
 
 def _peers(route: Sequence[RouteSpan]) -> set[str]:

@@ -20,6 +20,7 @@ from shared.errors import ChannelClosed, ConnectionLost, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
 from shared.protocol import (
     Announcement,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -29,9 +30,11 @@ from shared.protocol import (
     Path,
     PeerMessage,
     RouteSpan,
+    Step,
     Token,
 )
 from shared.relay_client import RelayClient
+from shared.relays import Relays
 from shared.spans import Span
 from shared.tokenizer_files import files_hash, split_files
 
@@ -47,16 +50,28 @@ class SwarmClient:
 
     async with SwarmClient(identity, "http://relay:8787") as swarm:
         async for event in swarm.generate(request): ...
+
+    With several relays it sees what any of them shows, and reaches a peer by any that both are at.
     """
 
     def __init__(
-        self, identity: Identity, relay_url: str, *, direct: bool = True, listen: Listen | None = None
+        self,
+        identity: Identity,
+        relays: str | Sequence[str],
+        *,
+        direct: bool = True,
+        listen: Listen | None = None,
     ) -> None:
         self.identity = identity
         self.directory = Directory()
-        self.relay = RelayClient(relay_url, identity)
+        self.relays = Relays(relays, identity)
         self._dialer = Dialer(
-            identity, self.relay, self._handle, on_closed=self._channel_closed, direct=direct, listen=listen
+            identity,
+            self.relays.clients,
+            self._handle,
+            on_closed=self._channel_closed,
+            direct=direct,
+            listen=listen,
         )
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
@@ -65,9 +80,9 @@ class SwarmClient:
         self._tasks = Background(grace_s=GOODBYE_S)
 
     async def __aenter__(self) -> Self:
-        self.relay.watch(self.directory.add)
-        self.relay.on_gone(self.directory.gone)
-        await self._stack.enter_async_context(self.relay)
+        for relay in self.relays.clients:
+            self._listen(relay)
+        await self._stack.enter_async_context(self.relays)
         await self._stack.enter_async_context(self._dialer)
         await self._stack.enter_async_context(self._tasks)
         return self
@@ -154,6 +169,11 @@ class SwarmClient:
 
     # ------------------------------------------------------------ listening
 
+    def _listen(self, relay: RelayClient) -> None:
+        relay.watch(lambda record: self.directory.add(record, relay.url))
+        relay.on_gone(lambda peer: self.directory.gone(peer, relay.url))
+        relay.on_state(lambda connected: None if connected else self.directory.lost(relay.url))
+
     def links(self) -> dict[PeerId, tuple[Path, float | None]]:
         """Open channels: what carries each now, and its round trip in ms when measured."""
         return {peer: (channel.path, channel.rtt_ms) for peer, channel in self._dialer.channels.items()}
@@ -164,13 +184,15 @@ class SwarmClient:
 
     async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
         match message:
-            case Opened() | Decline() | Token() | Failed() | Lost():
+            case Opened() | Decline() | Consumed() | Token() | Failed() | Lost():
                 if generation := self._generations.get(message.session):
                     await generation.received(channel, message)
             case Files(request=request):
                 fetch = self._fetches.get(request)
                 if fetch is not None and fetch.channel is channel and not fetch.answer.done():
                     fetch.answer.set_result((message, bytes(body)))
+            case Step():
+                pass  # an asker named us as a hop: the peer that fell for it serves our sessions as well
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is for peers, and I serve no layers")
 

@@ -29,13 +29,13 @@ document.addEventListener("securitypolicyviolation", (event) =>
 
 
 @asynccontextmanager
-async def open_chromium() -> AsyncGenerator[Browser, None]:
+async def open_chromium(*flags: str) -> AsyncGenerator[Browser, None]:
     """The browser of this machine. Fails the test when there is none: skipping would hide a broken page."""
     found = next((path for path in map(shutil.which, NAMES) if path), None)
     if found is None:
         pytest.fail("Chromium is missing, and the page cannot be tested without it: `make test` installs it")
     async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=found, args=FLAGS)
+        browser = await playwright.chromium.launch(executable_path=found, args=[*FLAGS, *flags])
         yield browser
         await browser.close()
 

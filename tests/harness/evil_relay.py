@@ -51,6 +51,8 @@ class EvilConnection:
         self.connected = asyncio.Event()
         self.connected.set()
         self.stun: tuple[str, int] | None = None
+        self.second_stun_port = 0
+        self.address = ""
         self.on_signal: Listeners[Signal] = Listeners()
         self.on_frame: Listeners[PeerId, memoryview] = Listeners()
         self.on_gone: Listeners[PeerId] = Listeners()

@@ -76,6 +76,7 @@ class FakeSwarm:
     def __init__(self, tokenizer: Tokenizer | None = None, files: Mapping[str, bytes] | None = None) -> None:
         self.directory = Directory()
         self.relay = FakeRelay()
+        self.relays = [self.relay]
         self.tokenizer = tokenizer or byte_level()
         self.files = dict(files or chat_files(self.tokenizer))
         self.identities: dict[str, Identity] = {}

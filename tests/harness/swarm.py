@@ -32,20 +32,27 @@ READY_S = 30.0
 class Swarm:
     """Names stand for peers; a peer is started with the layers [start, end) it serves."""
 
-    def __init__(self, model: Path, *, direct: bool = True, kv_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self, model: Path, *, direct: bool = True, kv_bytes: int = 1 << 30, relay_count: int = 1
+    ) -> None:
         self.model = model
-        self.relay = Relay(RelaySettings(port=0))
+        self.relays = [Relay(RelaySettings(port=0)) for _ in range(relay_count)]
         self.peers: dict[str, Peer] = {}
         self.client: SwarmClient
         self._direct = direct
         self._kv_bytes = kv_bytes
         self._stack = AsyncExitStack()
+        self._relay_stacks: list[AsyncExitStack] = []
         self._peer_stacks: dict[str, AsyncExitStack] = {}
 
     async def __aenter__(self) -> Self:
-        await self._stack.enter_async_context(self.relay)
+        for relay in self.relays:
+            # Its own stack, so that a test may end it earlier.
+            stack = await self._stack.enter_async_context(AsyncExitStack())
+            await stack.enter_async_context(relay)
+            self._relay_stacks.append(stack)
         self.client = await self._stack.enter_async_context(
-            SwarmClient(Identity.generate(), self.relay.url, direct=self._direct)
+            SwarmClient(Identity.generate(), self.relay_urls, direct=self._direct)
         )
         return self
 
@@ -56,6 +63,21 @@ class Swarm:
             await self.stop(name)
         await self._stack.__aexit__(kind, error, trace)
 
+    # ------------------------------------------------------------ relays
+
+    @property
+    def relay(self) -> Relay:
+        """The first, and in most tests the only one."""
+        return self.relays[0]
+
+    @property
+    def relay_urls(self) -> tuple[str, ...]:
+        return tuple(relay.url for relay in self.relays)
+
+    async def stop_relay(self, number: int) -> None:
+        """End a relay for good, with all that hangs on it."""
+        await self._relay_stacks[number].aclose()
+
     # ------------------------------------------------------------ peers
 
     async def start(self, **spans: tuple[int, int]) -> None:
@@ -63,9 +85,11 @@ class Swarm:
         for name, (start, end) in spans.items():
             await self.start_one(name, f"{start}:{end}")
 
-    async def start_one(self, name: str, layers: str, *, model: Path | None = None) -> Peer:
+    async def start_one(
+        self, name: str, layers: str, *, model: Path | None = None, relays: Sequence[int] | None = None
+    ) -> Peer:
         settings = PeerSettings(
-            relay=self.relay.url,
+            relays=self.relay_urls if relays is None else tuple(self.relays[number].url for number in relays),
             model=str(model or self.model),
             layers=layers,
             name=name,

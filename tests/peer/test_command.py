@@ -88,7 +88,7 @@ FLAGS = {
     "--dtype": "bfloat16",
 }
 READ = PeerSettings(
-    relay="http://relay.example:1",
+    relays=("http://relay.example:1",),
     model="someone/model",
     layers="2/3",
     name="ann",
@@ -130,7 +130,7 @@ def test_a_flag_wins_over_its_variable(flag: str, told: list[tuple[PeerSettings,
 def test_nothing_is_needed(told: list[tuple[PeerSettings, Identity]]) -> None:
     for _ in range(2):
         assert invoke().exit_code == 0
-    assert told[0][0] == PeerSettings(relay="http://127.0.0.1:8787", model=DEMO_MODEL)
+    assert told[0][0] == PeerSettings(relays=("http://127.0.0.1:8787",), model=DEMO_MODEL)
     assert told[0][1].id != told[1][1].id  # a new identity for each run
 
 

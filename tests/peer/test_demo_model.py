@@ -99,6 +99,20 @@ def test_a_question_it_never_saw_gets_a_fitting_answer(
     assert any(words in answer for words in expected), answer
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_sampled_as_its_makers_wish_it_still_recites(demo: Demo, seed: int) -> None:
+    torch.manual_seed(seed)
+    prompt = demo.tokenizer.apply_chat_template(
+        ask("What is a peer?"), add_generation_prompt=True, return_tensors="pt"
+    )
+
+    made = demo.model.generate(**prompt, max_new_tokens=200)[0, prompt["input_ids"].shape[1] :]
+
+    assert demo.model.generation_config.do_sample
+    peer = next(topic for topic in TEXT.topics if topic.name == "what-is-a-peer")
+    assert demo.tokenizer.decode(made[:-1]) in peer.answers
+
+
 def test_the_story_is_long_enough_to_lose_a_peer_in_it(demo: Demo) -> None:
     story = demo.answer(ask("Tell me a story"))
 

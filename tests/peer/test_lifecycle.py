@@ -43,7 +43,7 @@ async def swarm(llama: Path) -> AsyncIterator[Swarm]:
 
 def settings(swarm: Swarm, **changes: Any) -> PeerSettings:  # noqa: ANN401
     fields: dict[str, Any] = {
-        "relay": swarm.relay.url,
+        "relays": swarm.relay_urls,
         "model": str(swarm.model),
         "threads": 1,
         "kv_bytes": 1 << 30,
@@ -193,7 +193,7 @@ async def test_a_relay_that_goes_away_while_a_peer_drains_cuts_no_answer(
     events = [await anext(answer)]
 
     with monkeypatch.context() as gone:
-        gone.setattr(peer.relay, "announce", lost)
+        gone.setattr(peer.relays.clients[0], "announce", lost)
         drain = asyncio.create_task(peer.drain())
         events += [event async for event in answer]
         assert await asyncio.wait_for(drain, SOON_S)
@@ -205,7 +205,7 @@ async def test_a_relay_that_goes_away_when_the_layers_are_loaded_costs_no_second
 ) -> None:
     peer = Peer(settings(swarm), Identity.generate())
     with monkeypatch.context() as gone:
-        gone.setattr(peer.relay, "announce", lost)
+        gone.setattr(peer.relays.clients[0], "announce", lost)
         async with peer:
             assert peer.service is not None
 
@@ -222,7 +222,7 @@ async def test_a_relay_that_does_not_answer_is_told_before_anything_is_loaded(
 ) -> None:
     gate = Gate(monkeypatch)
     with pytest.raises(RelayUnreachable, match=r"no relay answers at http://127\.0\.0\.1:1"):
-        async with Peer(PeerSettings(relay="http://127.0.0.1:1", model=str(llama)), Identity.generate()):
+        async with Peer(PeerSettings(relays=("http://127.0.0.1:1",), model=str(llama)), Identity.generate()):
             pass
     assert not gate.reached.is_set()
 

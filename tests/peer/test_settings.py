@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peer.settings import DEMO_MODEL, PeerSettings, default_kv_bytes, default_threads, parse_bytes
+from peer.settings import DEMO_MODEL, PeerSettings, default_kv_bytes, default_threads
 from shared.errors import SettingsError
+from shared.settings import parse_bytes
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "g": 10**9, "T": 10**12}
 
@@ -68,7 +69,7 @@ def test_any_text_is_a_size_or_refused_in_one_sentence(text: str) -> None:
 
 
 def test_by_default_the_demo_model_is_served_whole() -> None:
-    settings = PeerSettings(relay="http://127.0.0.1:1")
+    settings = PeerSettings(relays=("http://127.0.0.1:1",))
     assert (settings.model, settings.layers, settings.kv_bytes) == (DEMO_MODEL, "all", None)
 
 

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
+import relay.__main__
 from relay.__main__ import app
+from relay.settings import UNLIMITED, RelaySettings
 from shared.errors import ConnectionLost, SettingsError
 from shared.settings import data_directory, run_command
 
@@ -63,10 +66,39 @@ def test_help_names_every_option() -> None:
         "--origin",
         "--stun",
         "--stun-port",
+        "--second-stun-port",
         "--database",
+        "--proxy",
+        "--max-participants",
+        "--address-connections",
+        "--address-new-connections",
+        "--participant-bytes",
+        "--address-bytes",
+        "--participant-announcements",
+        "--address-announcements",
+        "--idle",
         "--log-level",
     ):
         assert flag in text
+
+
+def test_limits_come_from_flags_and_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[RelaySettings] = []
+
+    async def remember(settings: RelaySettings) -> None:
+        told.append(settings)
+
+    monkeypatch.setattr(relay.__main__, "_run", remember)
+    flags = ["--participant-bytes", "500KB", "--address-announcements", "0", "--proxy", "10.0.0.9"]
+    environment = {"COROLLA_RELAY_ADDRESS_CONNECTIONS": "7", "COROLLA_ADDRESS_NEW_CONNECTIONS": "2"}
+    assert CliRunner().invoke(app, flags, env=environment).exit_code == 0
+    assert CliRunner().invoke(app, []).exit_code == 0
+
+    given, default = told
+    assert given.participant_bytes.per_s == 500_000 and given.address_announcements == UNLIMITED
+    assert given.address_connections == 7 and given.address_new_connections.per_s == 2
+    assert given.proxies == ("127.0.0.1", "::1", "10.0.0.9")
+    assert msgspec.structs.replace(default, database=None) == RelaySettings()
 
 
 @pytest.mark.parametrize(("error", "status"), [(ConnectionLost("gone"), 1), (SettingsError("wrong"), 2)])

@@ -24,6 +24,7 @@ async def test_a_participant_is_told_where_it_is_seen_and_where_stun_answers(rel
 
     assert welcome.address == "127.0.0.1"
     assert welcome.stun_port == relay.stun_port > 0
+    assert welcome.second_stun_port not in (0, welcome.stun_port)
 
 
 async def test_a_login_with_somebody_elses_id_is_refused(relay: Relay) -> None:

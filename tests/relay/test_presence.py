@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from relay.app import Relay
-from relay.settings import RelaySettings
+from relay.settings import Rate, RelaySettings
 from shared.identity import Identity
 from shared.protocol import Announce, Found, Gone, Lookup, Signal, SignedRecord
 from tests.relay.parties import announced, member, party, said, soon
@@ -205,7 +205,7 @@ async def test_a_relay_that_stops_says_so_and_when_to_return() -> None:
 
 
 async def test_who_asks_too_often_is_read_more_slowly_and_nobody_else() -> None:
-    settings = RelaySettings(port=0, control_per_s=50, control_burst=5)
+    settings = RelaySettings(port=0, participant_control=Rate(50, 5))
     async with Relay(settings) as relay, member(relay) as greedy, party(relay) as bob:
         started = time.perf_counter()
         for number in range(15):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.registry import PAGE_BYTES, TOMBSTONE_S, Bucket, Entry, Registry, entry_of, pages
+from relay.registry import PAGE_BYTES, TOMBSTONE_S, Entry, Registry, entry_of, pages
 from shared.announcement import read_announcement
 from shared.errors import Refused, StaleRecord
 from shared.identity import Identity
@@ -160,10 +160,14 @@ def test_the_longest_announcements_fit_in_a_message() -> None:
         assert len(encode(Found(request=1 << 53, records=page, more=True))) < MAX_RELAY_MESSAGE_BYTES
 
 
-def test_a_bucket_lets_a_burst_through_and_then_its_rate() -> None:
-    bucket = Bucket(rate=10, burst=3, now=0)
+def test_a_peer_that_changes_its_model_is_found_under_the_new_one_only() -> None:
+    registry = Registry(10)
+    for sequence, model in enumerate(["small", "large", "large", "small"]):
+        newest = entry(sequence=sequence, model=model)
+        registry.accept(newest)
+        other = {"small": "large", "large": "small"}[model]
+        assert registry.live(NOW, model) == [newest]
+        assert registry.live(NOW, other) == []
 
-    assert [bucket.take(0) for _ in range(3)] == [0, 0, 0]
-    assert bucket.take(0) == pytest.approx(0.1)
-    assert bucket.take(0.1) == pytest.approx(0.1)
-    assert bucket.take(10) == 0
+    assert registry.forget(NOW + TOMBSTONE_S) == [ANN.id]
+    assert registry._by_model == {} and len(registry) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 
 import aioice.stun
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from relay.app import Relay
 from relay.settings import RelaySettings
-from relay.stun import answer, stun_responder
+from relay.stun import answer, asks_other_port, stun_responders
 from shared.errors import SettingsError
 
+CHANGE_PORT = (0x0003, bytes((0, 0, 0, 2)))
 REQUEST = bytes.fromhex("000100002112a442b7e7a701bc34d686fa87dfae")
 
 
@@ -111,10 +113,38 @@ async def test_a_running_relay_tells_an_address_over_udp(relay: Relay) -> None:
         transport.close()
 
 
-async def test_a_taken_port_is_told_with_a_sentence() -> None:
-    async with stun_responder("127.0.0.1", 0) as port:
-        with pytest.raises(SettingsError, match=f"cannot answer STUN on UDP 127.0.0.1:{port}"):
-            async with stun_responder("127.0.0.1", port):
+@pytest.mark.parametrize(
+    ("port", "from_second"), [("first", False), ("first", True), ("second", False), ("second", True)]
+)
+async def test_either_port_answers_for_the_other_when_asked_to(port: str, from_second: bool) -> None:
+    asked = dict(zip(("first", "second"), (0, 1), strict=True))[port]
+    async with stun_responders("127.0.0.1", 0, 0) as ports:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+            asker.setblocking(False)
+            asker.bind(("127.0.0.1", 0))
+            packet = request(CHANGE_PORT) if from_second != bool(asked) else REQUEST
+            await asyncio.get_running_loop().sock_sendto(asker, packet, ("127.0.0.1", ports[asked]))
+            async with asyncio.timeout(5):
+                data, sender = await asyncio.get_running_loop().sock_recvfrom(asker, 2048)
+            assert sender == ("127.0.0.1", ports[from_second])
+            mapped = aioice.stun.parse_message(data).attributes["XOR-MAPPED-ADDRESS"]
+            assert mapped == asker.getsockname()
+
+
+def test_an_answer_from_another_host_is_not_to_be_had() -> None:
+    change_host = request((0x0003, bytes((0, 0, 0, 4))))
+    response = aioice.stun.parse_message(answer(change_host, "192.0.2.1", 1, two_ports=True) or b"")
+
+    assert response.attributes["ERROR-CODE"] == (420, "Unknown Attribute")
+    assert not asks_other_port(change_host)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+async def test_a_taken_port_is_told_with_a_sentence(taken: int) -> None:
+    async with stun_responders("127.0.0.1", 0, 0) as ports:
+        wanted = (ports[0], 0) if taken == 0 else (0, ports[0])
+        with pytest.raises(SettingsError, match=f"cannot answer STUN on UDP 127.0.0.1:{ports[0]}"):
+            async with stun_responders("127.0.0.1", *wanted):
                 pass
 
 

@@ -10,7 +10,7 @@ import orjson
 
 from shared.channel import PathReport
 from shared.protocol import PeerState
-from tests.harness.fake_swarm import FakeSwarm
+from tests.harness.fake_swarm import FakeRelay, FakeSwarm
 from web.swarm_view import LOOK_AGAIN_S, SHORTEST_S, swarm_view
 
 Json = dict[str, Any]
@@ -54,6 +54,21 @@ async def test_the_view_tells_relay_models_and_peers(http: aiohttp.ClientSession
     }
     assert (bob["path"], bob["rtt_ms"], bob["path_words"]) == (None, None, None)
     assert eve["model"] == "oak"
+
+
+async def test_with_several_relays_one_that_is_reached_is_enough(swarm: FakeSwarm) -> None:
+    other = FakeRelay()
+    other.url = "http://127.0.0.1:2"
+    swarm.relays.append(other)
+    swarm.relay.connected.clear()
+    view = swarm_view(swarm)
+    assert view["relay"] == {"url": "http://127.0.0.1:1", "connected": True}
+    assert view["relays"] == [
+        {"url": "http://127.0.0.1:1", "connected": False},
+        {"url": "http://127.0.0.1:2", "connected": True},
+    ]
+    other.connected.clear()
+    assert not swarm_view(swarm)["relay"]["connected"]
 
 
 async def test_peers_that_join_or_drain_are_shown_but_cover_nothing(swarm: FakeSwarm) -> None:

@@ -28,7 +28,8 @@ const LONGEST_RETRY_MS = 15_000;
  * @property {number[]} coverage
  * @property {number[][]} gaps
  */
-/** @typedef {{relay: {url: string, connected: boolean}, models: Model[], peers: Peer[]}} Swarm */
+/** @typedef {{url: string, connected: boolean}} Relay */
+/** @typedef {{relay: Relay, relays: Relay[], models: Model[], peers: Peer[]}} Swarm */
 /** @typedef {Model & {id: string, label: string, peers: Peer[]}} Choice */
 
 /** The newest view; null until the first one came. */

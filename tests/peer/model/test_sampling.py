@@ -198,3 +198,10 @@ def test_logits_that_are_no_numbers_are_refused(bad: float, temperature: float) 
 def test_logits_that_forbid_every_token_are_refused() -> None:
     with pytest.raises(BadLogits):
         sample(torch.full((VOCAB,), float("-inf")), Sampling(), 0, [], 0)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-6])
+def test_a_temperature_of_almost_nothing_takes_the_likeliest_token(temperature: float) -> None:
+    logits = random_logits(3)
+
+    assert sample(logits, Sampling(temperature=temperature, seed=1), 5, [], 0) == int(logits.argmax())

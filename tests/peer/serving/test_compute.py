@@ -172,7 +172,8 @@ def test_numbers_that_are_not_finite_are_refused(number: float, dtype: WireDtype
     states = torch.zeros(2, HIDDEN, dtype=getattr(torch, dtype))
     states[1, 7] = number
     body = states.view(torch.uint8).numpy().tobytes()
-    refused(step(5, 2, shape=[2, HIDDEN], dtype=dtype), body, "not finite", start=2)
+    reason = "the hidden states hold numbers that are not finite"
+    refused(step(5, 2, shape=[2, HIDDEN], dtype=dtype), body, reason, start=2)
 
 
 def test_a_shape_whose_product_overflows_64_bits_is_refused() -> None:

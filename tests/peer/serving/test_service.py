@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 
 from peer.serving.executor import DECODE
 from peer.serving.hop_session import INBOX_SIZE
+from peer.serving.service import MAX_REPLIES
 from shared.errors import ProtocolError
 from shared.identity import PeerId
 from shared.protocol import (
+    PREFILL_WINDOW,
     Close,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -33,6 +36,7 @@ from shared.protocol import (
     Renew,
     RouteSpan,
     Sampling,
+    Step,
     Token,
 )
 from shared.tokenizer_files import split_files
@@ -174,6 +178,25 @@ async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
         got = torch.frombuffer(bytearray(replayed + last), dtype=torch.float32).view(-1, HIDDEN)
         torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4), rtol=1e-4, atol=1e-4)
         assert eve.heard_nothing
+
+
+async def test_a_replay_ends_at_a_next_hop_that_has_it_already() -> None:
+    states = expected_states(tuple(PROMPT), 2)
+    async with house(span(2, 4)) as home:
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        await asker.opens(home.open(*MIDDLE))
+        await ann.say(states_step(0, 8), states_body(states[:8]))
+        await eve.hear_step()
+
+        route = [*home.route(*MIDDLE[:2]), *home.route(MIDDLE[2], fresh=False)]
+        assert (await asker.opens(home.open(epoch=1, route=route, index=1))).position == 0
+        await ann.say(states_step(0, 8, epoch=1, replay=True), states_body(states[:8]))
+        await ann.say(states_step(8, 1, epoch=1, sample=True), states_body(states[8:]))
+
+        onward, last = await eve.hear_step()
+        assert (onward.position, onward.count, onward.replay) == (8, 1, False)
+        got = torch.frombuffer(bytearray(last), dtype=torch.float32).view(-1, HIDDEN)
+        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4)[8:], rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- admission
@@ -394,7 +417,9 @@ async def test_only_the_hop_itself_may_say_that_it_lost_the_session() -> None:
         asker, eve = home.party("asker"), home.party("eve")
         await asker.opens(home.open(*MIDDLE))
 
-        await home.party("mallory").say(Lost(SESSION, 0, eve.id))
+        mallory = home.party("mallory")
+        await mallory.say(Lost(SESSION, 0, eve.id))
+        await mallory.say(Lost(SESSION, 0, mallory.id))  # it has no part in the route
         assert asker.heard_nothing
         await eve.say(Lost(SESSION, 0, eve.id))
         assert await asker.hear(Lost) == Lost(SESSION, 0, eve.id)
@@ -438,6 +463,18 @@ async def test_a_step_of_an_unknown_session_is_answered_lost() -> None:
         ann = home.party("ann")
         await ann.say(*PREFILL)
         assert await ann.hear(Lost) == Lost(SESSION, 0, home.me)
+
+
+async def test_who_asks_without_reading_holds_up_nobody_and_fills_no_memory() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        ann.pipe.reading.clear()
+        for _ in range(MAX_REPLIES):
+            await ann.say(*PREFILL)
+        await ann.say(Fetch(7, ARTEFACT))
+
+        assert home.service.dropped_replies == 1
+        await works(home, home.party("bob"))
 
 
 async def test_commands_for_unknown_sessions_are_no_trouble() -> None:
@@ -605,7 +642,7 @@ async def test_an_asker_that_is_gone_costs_no_other_session() -> None:
         await works(home, home.party("bob"))
 
 
-async def test_closing_frees_a_channel_that_waits_for_room_in_the_inbox() -> None:
+async def test_a_session_that_is_sent_more_than_it_takes_ends_and_holds_up_nobody() -> None:
     begun, release = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -619,17 +656,54 @@ async def test_closing_frees_a_channel_that_waits_for_room_in_the_inbox() -> Non
         busy = asyncio.create_task(home.service.executor.run(DECODE, hold))
         await asyncio.wait_for(begun.wait(), SOON_S)
         try:
-            # One is with the session's task, the inbox is full, and one waits.
-            says = [asyncio.create_task(ann.say(step(0, 1), ids_body([1]))) for _ in range(INBOX_SIZE + 2)]
-            await asyncio.wait_for(asyncio.gather(*says[:-1]), SOON_S)
-            assert not says[-1].done()
-
-            await ann.say(Close(SESSION))
-            await asyncio.wait_for(asyncio.gather(*says), SOON_S)
+            # One is with the session's task, and the inbox is full; none of them is waited for.
+            for _ in range(INBOX_SIZE + 2):
+                await ann.say(step(0, 1), ids_body([1]))
         finally:
             release.set()
             await busy
+        assert "more steps came" in (await ann.hear(Failed)).message
+        await ann.say(Close(SESSION))
         await works(home, ann)
+
+
+async def test_a_prompt_goes_no_further_than_the_next_hop_has_made_room_for() -> None:
+    window = CONTEXT // 4
+    states = torch.zeros(window, HIDDEN)
+    async with house(span(2, 4)) as home:
+        asker, bob, eve = home.party("asker"), home.party("bob"), home.party("eve")
+        route = (("bob", 0, 2), ("me", 2, 4), ("eve", 4, 6))
+        await asker.opens(home.open(*route, max_tokens=CONTEXT))
+
+        async def feed(epoch: int) -> None:
+            for position in range(0, CONTEXT, window):
+                told = step(position, window, shape=[window, HIDDEN], dtype="float32", epoch=epoch)
+                await bob.say(told, states_body(states))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("peer.serving.hop_session.PREFILL_WINDOW", window)
+            await feed(0)
+            assert (await eve.hear(Step)).position == 0
+            assert (await bob.hear(Consumed)).position == window
+            await eve.say(Consumed(SESSION, 0, window))
+            assert (await eve.hear(Step)).position == window
+            assert (await bob.hear(Consumed)).position == 2 * window
+            assert eve.heard_nothing and bob.makes_room.empty()
+
+            # A new epoch takes the place of what waits for the old one.
+            await asker.opens(home.open(*route, max_tokens=CONTEXT, epoch=1))
+            await feed(1)
+            assert (await eve.hear(Step)).epoch == 1
+        await asker.say(Close(SESSION))
+
+
+async def test_a_step_longer_than_any_window_is_refused() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(home.open())
+        await ann.say(step(0, PREFILL_WINDOW + 1), ids_body([1] * (PREFILL_WINDOW + 1)))
+        assert f"at most {PREFILL_WINDOW} positions" in (await ann.hear(Failed)).message
+        await ann.say(Close(SESSION))
 
 
 # ---------------------------------------------------------------- leases
@@ -685,6 +759,7 @@ async def test_the_askers_word_renews_a_lease_and_nobody_elses_does(clock: Clock
         clock.now += LEASE_S * 0.6
 
         await ended(home, 1)
+        assert home.service.session_count == 1
 
         await ann.say(Close(SESSION))  # it was bob's that ended
         assert home.service.session_count == 0

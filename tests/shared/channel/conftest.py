@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 
+from shared.channel import webrtc
+
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_collections() -> None:
     """What was imported is never garbage: collecting takes a tenth of the time without it."""
     gc.freeze()
+
+
+@pytest.fixture(params=["fast", "plain"])
+def each_transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Direct links by our own transports, and by aiortc's."""
+    wanted = webrtc.best_transports() if request.param == "fast" else webrtc.PLAIN
+    monkeypatch.setattr(webrtc, "TRANSPORTS", wanted)
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,8 @@ def swallow_direct(channel: Channel) -> None:
     assert channel.direct is not None
     for protocol in channel.direct._gatherer._connection._protocols:
         protocol.transport.sendto = lambda *_: None  # type: ignore[method-assign]
+    for guard in channel.direct._guards:
+        guard.send = lambda *_: None  # type: ignore[attr-defined]
 
 
 def cut_socket(channel: Channel) -> None:
@@ -154,8 +156,8 @@ def cut_socket(channel: Channel) -> None:
 
 def swallow_socket(channel: Channel) -> None:
     """What this end writes to its TCP connection vanishes, as when a firewall forgets it."""
-    assert channel.socket is not None and channel.socket._transport is not None
-    channel.socket._transport.write = lambda data: None  # type: ignore[method-assign]
+    assert channel.socket is not None
+    channel.socket.send = lambda frame: None  # type: ignore[method-assign]
 
 
 async def send_numbers(channel: Channel, numbers: range, size: int = 2000, pause_s: float = 0.0) -> None:

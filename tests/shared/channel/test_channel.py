@@ -7,7 +7,7 @@ import random
 import time
 from array import array
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
@@ -54,6 +54,7 @@ async def test_messages_go_both_ways_before_there_is_a_direct_link() -> None:
         assert (channel.peer, got.channel.peer, channel.path) == (bob.id, ann.id, "relayed")
 
 
+@pytest.mark.usefixtures("each_transport")
 async def test_a_channel_becomes_direct_and_knows_its_round_trip() -> None:
     async with ends() as (ann, bob):
         channel = await both_direct(ann, bob)
@@ -64,6 +65,7 @@ async def test_a_channel_becomes_direct_and_knows_its_round_trip() -> None:
         assert 0 < channel.rtt_ms < 1000
 
 
+@pytest.mark.usefixtures("each_transport")
 async def test_megabytes_survive_the_switch_from_relayed_to_direct() -> None:
     """Both ways at once, in messages of one frame and of many, without a pause at the switch."""
 
@@ -96,6 +98,11 @@ async def test_megabytes_survive_the_switch_from_relayed_to_direct() -> None:
         assert there * 13_600 > 1_000_000
 
 
+# Silence is noticed after 0.6 s by whoever watches, after 7 s else.
+DEAF_S = 5.0
+
+
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("harm", [cut_direct, swallow_direct])
 async def test_a_stream_goes_on_by_the_relay_when_the_direct_link_dies(harm: object) -> None:
     async with ends() as (ann, bob):
@@ -135,6 +142,25 @@ async def test_what_a_silent_direct_link_holds_goes_by_the_relay_when_that_is_ba
             assert (await bob.got()).number == 1
 
 
+@pytest.mark.parametrize("watchers", ["ann", "bob", "both"])
+async def test_a_direct_link_that_is_deaf_in_one_direction_is_left_by_both(watchers: str) -> None:
+    async with ends() as (ann, bob):
+        channel = await both_direct(ann, bob)
+        back = bob.channel_to(ann)
+        with ExitStack() as watching:
+            if watchers != "bob":
+                watching.enter_context(channel.watched())
+            if watchers != "ann":
+                watching.enter_context(back.watched())
+            swallow_direct(channel)
+            async with asyncio.timeout(DEAF_S):
+                for sender, receiver in ((channel, bob), (back, ann)):
+                    await send_numbers(sender, range(40))
+                    await expect_numbers(receiver, range(40))
+                await until(lambda: channel.path == back.path == "relayed")
+
+
+@pytest.mark.usefixtures("each_transport")
 async def test_a_direct_channel_outlives_its_relay() -> None:
     async with ends(settings=RelaySettings(port=0)) as (ann, bob):
         channel = await both_direct(ann, bob)
@@ -150,6 +176,7 @@ async def test_a_direct_channel_outlives_its_relay() -> None:
         assert channel.path == "direct"
 
 
+@pytest.mark.usefixtures("each_transport")
 async def test_a_killed_peer_is_noticed_at_once() -> None:
     async with ends() as (ann, bob):
         channel = await both_direct(ann, bob)
@@ -423,6 +450,7 @@ async def test_all_credit_comes_back_soon_after_the_last_message() -> None:
         assert time.perf_counter() - started < 0.5
 
 
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("direct", [False, True])
 async def test_tokens_pass_a_prefill(direct: bool) -> None:
     async with ends(direct=direct) as (ann, bob):

@@ -32,6 +32,7 @@ SIZES = (0, 400, 2_000, 40_000)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("seed", range(2))
 async def test_streams_arrive_whole_while_every_path_is_cut(
     seed: int, monkeypatch: pytest.MonkeyPatch

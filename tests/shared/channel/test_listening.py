@@ -18,7 +18,15 @@ from shared.errors import ConnectionLost, SettingsError
 from shared.identity import Identity, PeerId
 from shared.protocol import Listening
 from tests.harness.evil_relay import EvilRelay
-from tests.shared.channel.ends import End, both_by, ends, expect_numbers, numbered, send_numbers, until
+from tests.shared.channel.ends import (
+    End,
+    both_by,
+    ends,
+    expect_numbers,
+    numbered,
+    send_numbers,
+    until,
+)
 
 HERE = Listen("127.0.0.1")
 

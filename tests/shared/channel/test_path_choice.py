@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from shared.channel.link import LinkKind
 from shared.channel.path_choice import (
+    TURN_S,
     WINDOW_LEAST_BYTES,
     WINDOW_MOST_BYTES,
     WINDOW_START_BYTES,
@@ -118,7 +119,7 @@ def test_the_window_keeps_the_path_full_and_little_more(goodput: float, rtt_ms: 
     assert window >= min(on_the_way, WINDOW_MOST_BYTES - 1)
     assert window_bytes(way("relayed", rtt_ms, goodput)) == min(window, WINDOW_START_BYTES)
     if window > WINDOW_LEAST_BYTES:
-        assert window / goodput <= 1.5 * rtt_ms / 1000 + 0.0051
+        assert window / goodput <= 1.5 * rtt_ms / 1000 + TURN_S + 0.0001
 
 
 @pytest.mark.parametrize("known", [(None, 10.0), (1e6, None), (None, None)])

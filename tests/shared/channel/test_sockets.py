@@ -10,6 +10,7 @@ import socket
 
 import pytest
 
+from shared import event_loop
 from shared.channel import Channel, Listen, addresses, dialer, sockets
 from shared.channel import channel as channel_file
 from shared.errors import SettingsError
@@ -195,11 +196,34 @@ async def test_small_frames_leave_at_once_and_nothing_paces_them() -> None:
         channel = await both_by("socket", ann, bob)
         for end in (channel.socket, bob.channel_to(ann).socket):
             assert end is not None and end._transport is not None
-            sock = end._transport.get_extra_info("socket")
-            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            if allows_cubic():
-                used = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-                assert not used.startswith(b"bbr")
+            handle = end._transport.get_extra_info("socket")
+            with socket.fromfd(handle.fileno(), handle.family, handle.type) as sock:
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                if allows_cubic():
+                    used = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+                    assert not used.startswith(b"bbr")
+
+
+def test_sockets_open_carry_and_break_on_the_loop_that_programs_use() -> None:
+    """A connection changes hands after its hello, which each kind of event loop does in its own way."""
+
+    async def life() -> None:
+        async with ends(listen=(HERE, None)) as (ann, bob):
+            channel = await both_by("socket", ann, bob)
+            assert ann.dialer.port is not None
+            _, stranger = await asyncio.open_connection("127.0.0.1", ann.dialer.port.port)
+            stranger.write(bytes(1000))
+            sending = asyncio.create_task(send_numbers(channel, range(200), size=20_000))
+            await expect_numbers(bob, range(200), size=20_000)
+            await sending
+            await until(lambda: ann.dialer.port is not None and ann.dialer.port.turned_away == 1)
+            stranger.close()
+            cut_socket(channel)
+            await until(lambda: channel.report().kind != "socket")
+            await channel.send(numbered(200))
+            assert (await bob.got()).number == 200
+
+    event_loop.run(life())
 
 
 async def test_a_port_that_is_taken_is_told_in_one_sentence() -> None:

@@ -102,6 +102,7 @@ async def test_an_attempt_that_leads_nowhere_ends_in_time(monkeypatch: pytest.Mo
     assert direct.lost.is_set()
 
 
+@pytest.mark.usefixtures("each_transport")
 async def test_a_lost_direct_link_is_sought_again_while_messages_flow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

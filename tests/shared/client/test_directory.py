@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import random
 
-from shared.announcement import sign_announcement
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.announcement import CLOCK_SKEW_S, MAX_LEASE_S, sign_announcement
 from shared.client.directory import Directory
 from shared.errors import NoRoute
 from shared.identity import Identity
@@ -12,6 +16,7 @@ from shared.protocol import Announcement, PeerState, SignedRecord
 from shared.spans import Span
 
 NOW = 1_800_000_000.0
+PEERS = [Identity.generate() for _ in range(3)]
 
 
 class Clock:
@@ -31,12 +36,13 @@ def announced(
     state: PeerState = "serving",
     name: str = "ann",
     artefact: str = "0" * 64,
+    issued_at: float = NOW,
 ) -> SignedRecord:
     announcement = Announcement(
         peer=identity.id,
         sequence=sequence,
-        issued_at=NOW,
-        expires_at=NOW + 45,
+        issued_at=issued_at,
+        expires_at=issued_at + 45,
         state=state,
         name=name,
         model="demo",
@@ -93,15 +99,72 @@ def test_a_peer_that_left_is_gone_and_its_older_word_cannot_bring_it_back(direct
     assert directory.live() == []
 
 
-def test_a_peer_that_is_not_connected_waits_for_its_next_announcement(directory: Directory) -> None:
+def test_a_peer_that_is_not_connected_waits_until_its_relay_shows_it_again(directory: Directory) -> None:
     ann = Identity.generate()
-    directory.add(announced(ann, sequence=1))
+    directory.add(announced(ann, sequence=2))
     directory.gone(ann.id)
     assert directory.live() == []
     directory.add(announced(ann, sequence=1))
     assert directory.live() == []
     directory.add(announced(ann, sequence=2))
     assert len(directory.live()) == 1
+
+
+def test_a_relay_that_hides_a_peer_does_not_hide_it_from_who_sees_it_elsewhere(directory: Directory) -> None:
+    ann, bob = Identity.generate(), Identity.generate()
+    directory.add(announced(ann), "honest")
+    directory.add(announced(bob), "honest")
+    directory.gone(ann.id, "evil")
+    assert len(directory.live()) == 2
+    directory.add(announced(ann), "evil")
+    directory.gone(ann.id, "evil")
+    assert len(directory.live()) == 2
+    directory.gone(ann.id, "honest")
+    assert [live.peer for live in directory.live()] == [bob.id]
+
+
+def test_what_a_lost_relay_showed_is_no_evidence_against_another(directory: Directory) -> None:
+    ann, bob = Identity.generate(), Identity.generate()
+    for relay in ("one", "other"):
+        directory.add(announced(ann), relay)
+    directory.add(announced(bob), "one")
+    directory.gone(ann.id, "other")
+    assert len(directory.live()) == 2
+
+    directory.lost("one")
+    # Nobody who is left denies Bob; Ann is denied by the only one that is asked.
+    assert [live.peer for live in directory.live()] == [bob.id]
+    directory.lost("other")
+    assert [live.peer for live in directory.live()] == [bob.id]
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_union_does_not_depend_on_which_relay_says_what_when(chance: random.Random) -> None:
+    """Records of three peers, dealt to three relays in any order and number: the newest of each counts."""
+    records = [announced(peer, sequence=sequence) for peer in PEERS for sequence in (1, 2, 3)]
+    dealt = [(record, chance.choice("abc")) for record in records for _ in range(chance.randrange(1, 4))]
+    chance.shuffle(dealt)
+    directory = Directory(Clock())
+    for record, relay in dealt:
+        directory.add(record, relay)
+    assert sorted((live.peer, live.sequence) for live in directory.live()) == sorted(
+        (peer.id, 3) for peer in PEERS
+    )
+
+
+def test_a_relay_that_invents_peers_crowds_out_nobody(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.client.directory.ROOM", 20)
+    directory = Directory(clock)
+    for _ in range(50):
+        directory.add(announced(Identity.generate()), "evil")
+    ann = Identity.generate()
+    directory.add(announced(ann), "honest")
+    assert ann.id in {live.peer for live in directory.live()}
+    assert len(directory.live()) == 21
+
+    clock.now += 45 + MAX_LEASE_S + CLOCK_SKEW_S
+    directory.add(announced(Identity.generate(), issued_at=clock.now), "evil")
+    assert len(directory._records) == 1  # what ran out made room
 
 
 def test_only_serving_peers_take_sessions_and_cover_layers(directory: Directory) -> None:

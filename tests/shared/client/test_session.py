@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from shared.client.session import (
     CREDIT_WINDOW,
-    PREFILL_CHUNK,
     ClientSession,
     Drawn,
     Effect,
@@ -21,7 +20,21 @@ from shared.client.session import (
 )
 from shared.errors import Busy, NoRoute, SessionFailed
 from shared.identity import PeerId
-from shared.protocol import Close, Decline, Failed, Grant, Lost, Open, Opened, RouteSpan, Step, Token
+from shared.protocol import (
+    PREFILL_CHUNK,
+    PREFILL_WINDOW,
+    Close,
+    Consumed,
+    Decline,
+    Failed,
+    Grant,
+    Lost,
+    Open,
+    Opened,
+    RouteSpan,
+    Step,
+    Token,
+)
 
 SESSION = "5" * 32
 ANN, BOB, EVE = PeerId("a" * 64), PeerId("b" * 64), PeerId("e" * 64)
@@ -83,6 +96,22 @@ def test_a_long_prompt_goes_in_chunks_and_only_the_last_one_draws() -> None:
     machine = session(Plan(BOB), prompt=PREFILL_CHUNK + 5)
     machine.start()
     assert steps(open_all(machine)) == [(0, PREFILL_CHUNK, False, False), (PREFILL_CHUNK, 5, True, False)]
+
+
+def test_a_prompt_goes_no_further_than_the_first_hop_has_made_room_for() -> None:
+    chunks = PREFILL_WINDOW // PREFILL_CHUNK
+    machine = session(Plan(BOB), prompt=PREFILL_WINDOW + 2 * PREFILL_CHUNK + 1)
+    machine.start()
+
+    assert len(steps(open_all(machine))) == chunks
+    [further] = steps(machine.handle(Received(ANN, Consumed(SESSION, 0, PREFILL_CHUNK))))
+    assert further == (PREFILL_WINDOW, PREFILL_CHUNK, False, False)
+    assert machine.handle(Received(ANN, Consumed(SESSION, 0, PREFILL_CHUNK))) == []
+    assert machine.handle(Received(BOB, Consumed(SESSION, 0, PREFILL_WINDOW))) == []
+    assert steps(machine.handle(Received(ANN, Consumed(SESSION, 0, PREFILL_WINDOW)))) == [
+        (PREFILL_WINDOW + PREFILL_CHUNK, PREFILL_CHUNK, False, False),
+        (PREFILL_WINDOW + 2 * PREFILL_CHUNK, 1, True, False),
+    ]
 
 
 def test_tokens_come_out_in_order_until_the_limit() -> None:
