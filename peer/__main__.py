@@ -14,19 +14,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from peer.doctor import doctor
 from peer.lifecycle import Peer
 from peer.settings import DEMO_MODEL, PeerSettings
 from shared import event_loop
+from shared.channel.addresses import parse_listen
 from shared.errors import SettingsError
 from shared.identity import Identity, short
 from shared.logs import configure_logs
-from shared.settings import LogLevelOption, RelayOption, parse_bytes, relay_urls, run_command
+from shared.settings import (
+    AdvertiseOption,
+    ListenOption,
+    LogLevelOption,
+    RelayOption,
+    parse_bytes,
+    relay_urls,
+    run_command,
+)
 
 app = typer.Typer(add_completion=False)
+app.command()(doctor)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def peer(
+    context: typer.Context,
     relay: RelayOption = None,
     model: Annotated[
         str,
@@ -87,12 +99,21 @@ def peer(
     relay_only: Annotated[
         bool, typer.Option("--relay-only", envvar="COROLLA_RELAY_ONLY", help="Open no direct paths.")
     ] = False,
+    listen: ListenOption = "0",
+    advertise: AdvertiseOption = None,
     log_level: LogLevelOption = "warning",
 ) -> None:
     """Lend this machine to a swarm: serve a run of a model's layers until Ctrl-C.
 
     No port needs to be open. Ctrl-C once lets running answers finish, twice leaves at once.
     """
+    if context.invoked_subcommand is not None:
+        # `peer --relay URL doctor` means the same as `peer doctor --relay URL`.
+        told = {
+            name: context.params[name] for name in ("relay", "listen", "advertise", "device", "log_level")
+        }
+        context.default_map = {context.invoked_subcommand: told}
+        return
     configure_logs(log_level)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise SettingsError(f"--dtype {dtype} is unknown: write auto, float32, bfloat16 or float16")
@@ -107,6 +128,7 @@ def peer(
         device=device,
         dtype=dtype,  # type: ignore[arg-type]  # checked above
         direct=not relay_only,
+        listen=parse_listen(listen, advertise or ()),
     )
     key = Identity.load(identity) if identity is not None else Identity.generate()
     with contextlib.suppress(KeyboardInterrupt):
@@ -141,9 +163,10 @@ def _tell(console: Console, peer: Peer) -> None:
         f" on {peer.device.type} in {peer.dtype_name}"
     )
     relays = " and ".join(peer.relays.connected_urls)
+    port = f" and on TCP port {peer.dialer.port.port}" if peer.dialer.port is not None else ""
     console.print(
         f"room for {peer.service.kv_tokens_free:,} tokens of chats"
-        f" in {peer.kv_budget.total_bytes / 1e9:.1f} GB; meets others at {relays}; Ctrl-C leaves"
+        f" in {peer.kv_budget.total_bytes / 1e9:.1f} GB; meets others at {relays}{port}; Ctrl-C leaves"
     )
 
 

@@ -61,8 +61,9 @@ class Peer:
             self._handle,
             on_closed=self._channel_closed,
             direct=settings.direct,
+            listen=settings.listen,
         )
-        self.device, self.dtype = _device_and_dtype(settings)
+        self.device, self.dtype = device_and_dtype(settings)
         self.kv_budget = KvBudget(settings.kv_bytes if settings.kv_bytes is not None else default_kv_bytes())
         self.name = settings.name or socket.gethostname()[:64]
         self.model = ""
@@ -210,7 +211,7 @@ class Peer:
             self.service.channel_closed(channel)
 
 
-def _device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype]:
     """Where and in which numbers to compute. Raises SettingsError for a device this machine does not have."""
     device = settings.device
     if device == "auto":

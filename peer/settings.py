@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from shared.channel.addresses import Listen
+
 DEMO_MODEL = str(Path(__file__).parent / "demo" / "corolla-demo")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -27,6 +29,8 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     dtype: Dtype = "auto"
     direct: bool = True
+    listen: Listen | None = Listen()
+    """Where the other ends of channels may call, unless `direct` is off; None nowhere."""
 
 
 def default_kv_bytes() -> int:

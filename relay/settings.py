@@ -71,7 +71,7 @@ class RelaySettings(Struct, frozen=True, kw_only=True):
     address_announcements: Rate = Rate(20, 400)
     max_watches: int = 16
 
-    # What waits for one slow reader. A channel may have 512 KiB on its way, and one peer has channels to
+    # What waits for one slow reader. A channel may have 512 KiB on its way here, and one peer has channels to
     # many; beyond this, frames to it are dropped and their senders told, so nobody else ever waits.
     frame_backlog_bytes: int = 4 * 1024 * 1024
     # What waits for all slow readers together; beyond, each of them gets a smaller part.

@@ -211,14 +211,24 @@ class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     seen: Name = ""
 
 
+class Listening(Struct, frozen=True, tag="listening"):
+    """Where a socket of mine listens, for you alone: a hello there begins with what `ticket` leads to.
+
+    A later one takes the place of this one. Numbers only: a name would make you ask for it.
+    """
+
+    ticket: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    addresses: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=8)]
+
+
 class Ping(Struct, frozen=True, tag="ping"):
     """Are you there? Answered on the same link, so its time is that link's round trip.
 
-    With `deaf`, I do not hear you on the direct link any more: leave it, as I did.
+    On the kind of direct link that `deaf` names I do not hear you any more: leave it, as I did.
     """
 
     number: Count
-    deaf: bool = False
+    deaf: Literal["data channel", "socket", "relayed"] | None = None
 
 
 class Pong(Struct, frozen=True, tag="pong"):
@@ -243,7 +253,7 @@ class Bye(Struct, frozen=True, tag="bye"):
     reason: Text = ""
 
 
-ChannelMessage = Describe | Ping | Pong | Credit | Bye
+ChannelMessage = Describe | Listening | Ping | Pong | Credit | Bye
 
 
 # ---------------------------------------------------------------- peer wire

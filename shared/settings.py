@@ -36,6 +36,24 @@ RelayOption = Annotated[
         show_default=DEFAULT_RELAY,
     ),
 ]
+ListenOption = Annotated[
+    str,
+    typer.Option(
+        "--listen",
+        envvar="COROLLA_LISTEN",
+        metavar="PORT|HOST:PORT|off",
+        help="TCP port where those whom the relay introduced may connect directly; 0 takes a free one.",
+    ),
+]
+AdvertiseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--advertise",
+        envvar="COROLLA_ADVERTISE",
+        metavar="HOST:PORT",
+        help="Where your router passes connections on to that port. May be given several times.",
+    ),
+]
 LogLevelOption = Annotated[
     str,
     typer.Option("--log-level", envvar="COROLLA_LOG_LEVEL", help="debug, info, warning or error."),

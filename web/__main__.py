@@ -15,10 +15,19 @@ from rich.panel import Panel
 
 from shared import event_loop
 from shared.background import Background
+from shared.channel.addresses import Listen, parse_listen
 from shared.client.swarm_client import SwarmClient
 from shared.identity import Identity
 from shared.logs import configure_logs
-from shared.settings import LogLevelOption, RelayOption, data_directory, relay_urls, run_command
+from shared.settings import (
+    AdvertiseOption,
+    ListenOption,
+    LogLevelOption,
+    RelayOption,
+    data_directory,
+    relay_urls,
+    run_command,
+)
 from web.app import Gateway, GatewaySettings, check_exposure
 from web.demo import NAMES, demo
 from web.tokenizer import preload
@@ -59,6 +68,8 @@ def web(
             "--relay-only/--direct", envvar="COROLLA_RELAY_ONLY", help="Open no direct paths to peers."
         ),
     ] = False,
+    listen: ListenOption = "off",
+    advertise: AdvertiseOption = None,
     with_demo: Annotated[
         bool, typer.Option("--demo", help="Start a relay and peers on this machine too, with a tiny model.")
     ] = False,
@@ -82,16 +93,30 @@ def web(
         opened = demo(settings, peers, console, direct=not relay_only, log_level=log_level)
     else:
         key = Identity.load(identity) if identity is not None else Identity.generate()
-        opened = _gateway(settings, relay_urls(relay), key, direct=not relay_only)
+        opened = _gateway(
+            settings,
+            relay_urls(relay),
+            key,
+            direct=not relay_only,
+            listen=parse_listen(listen, advertise or ()),
+        )
     with suppress(KeyboardInterrupt):
         event_loop.run(_until_signalled(_serve(opened, console)))
 
 
 @asynccontextmanager
 async def _gateway(
-    settings: GatewaySettings, relays: Sequence[str], key: Identity, *, direct: bool
+    settings: GatewaySettings,
+    relays: Sequence[str],
+    key: Identity,
+    *,
+    direct: bool,
+    listen: Listen | None,
 ) -> AsyncGenerator[Gateway, None]:
-    async with SwarmClient(key, relays, direct=direct) as swarm, Gateway(settings, swarm) as gateway:
+    async with (
+        SwarmClient(key, relays, direct=direct, listen=listen) as swarm,
+        Gateway(settings, swarm) as gateway,
+    ):
         yield gateway
 
 

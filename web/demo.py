@@ -82,6 +82,8 @@ class _Demo:
         for number, name in enumerate(names, 1):
             command = _command("peer", "--relay", relay_url, "--name", name, "--threads", "1")
             command += ["--layers", f"{number}/{len(names)}", "--kv-memory", "256MB"]
+            # All on this machine: no port needs to be open to the network.
+            command += ["--listen", "off"]
             command += ["--log-level", self._log_level, *([] if direct else ["--relay-only"])]
             await children.start(name, command)
 

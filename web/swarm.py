@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Protocol
 
+from shared.channel import PathReport
 from shared.client.directory import Directory
 from shared.client.session import Drawn, Request, Rerouted
 from shared.identity import PeerId
@@ -37,3 +38,6 @@ class Swarm(Protocol):
 
     def links(self) -> Mapping[PeerId, tuple[Path, float | None]]:
         """Open channels: what carries each now, and its round trip in ms when measured."""
+
+    def path_reports(self) -> Mapping[PeerId, PathReport]:
+        """Open channels: what carries each now, and why nothing better does."""

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from shared.background import Background
+from shared.channel import PathReport
 from shared.client.directory import ServedModel
 from shared.identity import PeerId
 from shared.protocol import Announcement, Path
@@ -33,13 +34,14 @@ def swarm_view(swarm: Swarm) -> Json:
     """
     relays = [{"url": relay.url, "connected": relay.connected.is_set()} for relay in swarm.relays]
     links = swarm.links()
+    paths = swarm.path_reports()
     models = swarm.directory.models()
     return {
         "relay": {"url": relays[0]["url"], "connected": any(relay["connected"] for relay in relays)},
         "relays": relays,
         "models": [_model_view(model) for model in models],
         "peers": [
-            _peer_view(peer, *links.get(PeerId(peer.peer), (None, None)))
+            _peer_view(peer, *links.get(PeerId(peer.peer), (None, None)), report=paths.get(PeerId(peer.peer)))
             for model in models
             for peer in model.peers
         ],
@@ -58,7 +60,9 @@ def _model_view(model: ServedModel) -> Json:
     }
 
 
-def _peer_view(peer: Announcement, path: Path | None, rtt_ms: float | None) -> Json:
+def _peer_view(
+    peer: Announcement, path: Path | None, rtt_ms: float | None, *, report: PathReport | None
+) -> Json:
     return {
         "peer": peer.peer,
         "name": peer.name,
@@ -72,6 +76,7 @@ def _peer_view(peer: Announcement, path: Path | None, rtt_ms: float | None) -> J
         "kv_tokens_free": peer.kv_tokens_free,
         "path": path,
         "rtt_ms": rtt_ms if rtt_ms is None else round(rtt_ms, 1),
+        "path_words": None if report is None else report.words(),
     }
 
 

@@ -1,8 +1,8 @@
 """An authenticated pipe of messages between two participants, open at once and moved to better paths unseen.
 
-It owns the numbers, credit and order of frames (`flow`), the choice of the link that carries them, and the
-pulse by which a dead peer is noticed. How links come about is for `relayed`, `webrtc` and `upgrade`; who is
-called, and which channel is current, is for `dialer`.
+It owns the numbers, credit and order of frames (`flow`), asks `path_choice` which link carries them, and
+keeps the pulse by which a dead link or peer is noticed. How links come about is for `relayed`, `upgrade` and
+`sockets`; who is called, and which channel is current, is for `dialer`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, assert_never
 
+from shared.channel.addresses import Interface
 from shared.channel.flow import Inbound, Outbound, Sent
-from shared.channel.link import Link, LinkPath
+from shared.channel.link import Link, LinkKind, LinkPath
+from shared.channel.listening import ListeningPort
+from shared.channel.path_choice import Way, choose, window_bytes
 from shared.channel.relayed import Meeting, RelayedLink
-from shared.channel.upgrade import Upgrade
+from shared.channel.sockets import TRYING, Sockets
+from shared.channel.tcp import SocketLink
+from shared.channel.upgrade import OPENING, Upgrade
 from shared.channel.webrtc import DirectLink
 from shared.errors import ChannelClosed, ProtocolError
 from shared.framing import (
     CHANNEL_WIRE,
     HEADER_BYTES,
     PEER_WIRE,
+    PRIORITY_SHIFT,
     Priority,
     Splitter,
     aligned,
@@ -36,6 +42,7 @@ from shared.protocol import (
     ChannelMessage,
     Credit,
     Describe,
+    Listening,
     Path,
     PeerMessage,
     Ping,
@@ -56,6 +63,10 @@ RELAY_AWAY_S = 5.0
 RELAY_BACK_S = 3.0
 # A direct link that answers nothing for so long is closed, not only passed over.
 DIRECT_SILENT_S = 5.0
+# Without messages for so long, direct links are closed; the next message goes by the relay while they reopen.
+QUIET_S = 45.0
+# A path that was taken by choice stays so long, so that two alike paths do not alternate.
+SETTLED_S = 5.0
 
 
 class Pace(NamedTuple):
@@ -74,7 +85,7 @@ class Pace(NamedTuple):
         return round(seconds / self.tick_s)
 
 
-# Two lost pings and the direct link is passed over, four and the peer is given up: 1.2 s.
+# Two lost pings and a link is passed over, four and the peer is given up: 1.2 s.
 WATCHED = Pace(tick_s=0.1, ping=3, standby_ping=30, distrust=6, dead=12)
 IDLE = Pace(tick_s=1.0, ping=3, standby_ping=9, distrust=7, dead=10)
 
@@ -82,6 +93,35 @@ Handler = Callable[["Channel", PeerMessage, memoryview, Path], Awaitable[None]]
 """Takes the messages of a channel, one after the other. Until it returns, the sender's window shrinks, so it
 must never wait for room in a channel: hand the message on, or two full channels wait for each other."""
 MakeDirect = Callable[[tuple[str, int] | None, Callable[[Link, bytes], None], Callable[[], None]], DirectLink]
+DirectPath = DirectLink | SocketLink
+
+
+class PathReport(NamedTuple):
+    """What carries a channel's messages now, for people."""
+
+    kind: LinkKind
+    rtt_ms: float | None
+    goodput: float | None
+    """Bytes a second, once there was so much to send that it could be measured."""
+    why: str
+    """Why nothing better does, in words; empty when this is the best there is."""
+
+    def words(self) -> str:
+        """All of it in one line."""
+        figures = [] if self.rtt_ms is None else [f"{self.rtt_ms:.1f} ms there and back"]
+        if self.goodput is not None:
+            figures.append(f"{self.goodput / 1e6:.1f} MB/s")
+        return ", ".join([self.kind, *figures]) + (f" ({self.why})" if self.why else "")
+
+
+class Openings(NamedTuple):
+    """By what direct links come about. On relay-only sides `make_direct` and `interfaces` are None."""
+
+    make_direct: MakeDirect | None
+    direct_limit: asyncio.Semaphore
+    port: ListeningPort | None
+    interfaces: Callable[[], frozenset[Interface]] | None
+    socket_limit: asyncio.Semaphore
 
 
 class Channel:
@@ -94,8 +134,7 @@ class Channel:
         handler: Handler,
         *,
         dialled: bool,
-        make_direct: MakeDirect | None,
-        direct_limit: asyncio.Semaphore,
+        openings: Openings,
         on_closed: Callable[[Channel], None],
     ) -> None:
         self.peer = peer
@@ -103,9 +142,11 @@ class Channel:
         self.reason = ""
         """Why it closed, as a sentence."""
         self.relayed = relayed
-        self.direct: DirectLink | None = None
-        """The direct link, when one is open; used while it is trusted."""
+        self.directs: list[DirectPath] = []
+        """The direct links that are open; used while they are trusted."""
         relayed.on_room = self._pump
+        # Not proven yet, but the greetings came that way.
+        relayed.trusted = True
         self._handler = handler
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
@@ -114,16 +155,33 @@ class Channel:
         self._senders: dict[Splitter, asyncio.Future[None]] = {}
         self._arrived = asyncio.Event()
         self._credit_timer: asyncio.TimerHandle | None = None
-        self._trusted = False
+        self._path: Link | None = relayed if relayed.up else None
+        """What carries frames now."""
+        self._doubted: Link | None = None
+        """The link that carried them until it fell silent; urgent frames go there too, until it is closed."""
+        make_direct = openings.make_direct
         self._upgrade = Upgrade(
             make=make_direct and (lambda: make_direct(relayed.stun, self.received, self._pump)),
-            limit=direct_limit,
+            limit=openings.direct_limit,
             whereabouts=relayed.whereabouts,
             dialled=dialled,
             send=lambda message: self._tell(relayed, message),
             use=self._use_direct,
             drop=self._drop_direct,
-            traffic=lambda: self._outbound.last + self._inbound.received,
+            traffic=self._traffic,
+        )
+        self._sockets = Sockets(
+            further=relayed.further,
+            port=openings.port,
+            interfaces=openings.interfaces,
+            limit=openings.socket_limit,
+            dialled=dialled,
+            send=lambda message: self._tell(relayed, message),
+            on_frame=self.received,
+            on_room=self._pump,
+            use=self._use_direct,
+            drop=self._drop_direct,
+            traffic=self._traffic,
         )
         self._running = False
         self._links_stopped = asyncio.Event()
@@ -132,6 +190,11 @@ class Channel:
         self._ticks = 0
         self._silent_ticks = 0
         self._grace_ticks = 0
+        self._settled_ticks = 0
+        self._quiet_ticks = 0
+        self._quiet = False
+        self._was_direct = False
+        self._seen_traffic = 0
         self._proof = 0
         self._timer = self._loop.call_later(self._pace.tick_s, self._tick)
 
@@ -140,21 +203,59 @@ class Channel:
     @property
     def path(self) -> LinkPath:
         """What carries messages now."""
-        link = self._link
-        return "relayed" if link is None else link.path
+        return "relayed" if self._path is None else self._path.path
 
     @property
-    def why_relayed(self) -> str:
-        """Why messages do not go directly, in words; empty while they do."""
-        if self.path == "direct":
-            return ""
-        return "the direct link does not answer" if self.direct is not None else self._upgrade.why_relayed
+    def direct(self) -> DirectLink | None:
+        """The data channel, when one is open."""
+        return next((link for link in self.directs if isinstance(link, DirectLink)), None)
+
+    @property
+    def socket(self) -> SocketLink | None:
+        """A socket, when one is open."""
+        return next((link for link in self.directs if isinstance(link, SocketLink)), None)
 
     @property
     def rtt_ms(self) -> float | None:
         """The round trip on the present path, once a ping was answered there."""
-        link = self._link
-        return None if link is None else link.rtt_ms
+        return None if self._path is None else self._path.rtt_ms
+
+    @property
+    def why_relayed(self) -> str:
+        """Why messages do not go directly, in words; empty while they do. Of sockets `report` tells too."""
+        if self.path == "direct":
+            return ""
+        if self._quiet and self._was_direct:
+            return "nothing was said for a while; direct paths open again with the next message"
+        if any(link.trusted for link in self.directs):
+            return "the relay is much faster than the direct paths"
+        if self.directs:
+            return "the direct link does not answer"
+        return self._upgrade.why_relayed
+
+    @property
+    def seeking(self) -> bool:
+        """Whether attempts at direct links run, so that the path may soon be a better one."""
+        if self.closed.is_set():
+            return False
+        if self.socket is not None:
+            return not self.socket.trusted
+        if self._sockets.why_none == TRYING:
+            return True
+        return self._upgrade.why_relayed == OPENING and (self.direct is None or not self.direct.trusted)
+
+    def report(self) -> PathReport:
+        """What carries messages now, how well, and why nothing better does."""
+        link = self._path
+        if link is None:
+            return PathReport("relayed", None, None, "no relay has the peer, and no direct path is open")
+        why = self.why_relayed
+        no_socket = "the socket is slower" if self.socket else f"socket: {self._sockets.why_none}"
+        if link.kind == "data channel":
+            why = no_socket
+        elif why == self._upgrade.why_relayed != self._sockets.why_none:
+            why = f"data channel: {why}; {no_socket}"
+        return PathReport(link.kind, link.rtt_ms, link.goodput, why)
 
     async def send(
         self,
@@ -172,7 +273,7 @@ class Channel:
         meta = aligned(encode(message))
         if isinstance(body, memoryview):
             body = body.cast("B")
-        link = self._link
+        link = self._path
         if link is not None and link.ready and (sent := self._outbound.straight(priority, meta, body)):
             self._transmit(link, sent)
             return
@@ -215,10 +316,11 @@ class Channel:
         self._running = True
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._handle())
-            upgrade = tasks.create_task(self._upgrade.run())
+            seeking = [tasks.create_task(self._upgrade.run()), tasks.create_task(self._sockets.run())]
             await self.closed.wait()
-            upgrade.cancel()
-            await asyncio.wait([upgrade])
+            for each in seeking:
+                each.cancel()
+            await asyncio.wait(seeking)
             # The handler may still be at its last message.
             self._links_stopped.set()
 
@@ -259,26 +361,25 @@ class Channel:
 
     # ------------------------------------------------------------ sending
 
-    @property
-    def _link(self) -> Link | None:
-        """What carries frames now: direct while it is trusted, else relayed, else whatever is left."""
-        if self._trusted:
-            return self.direct
-        return self.relayed if self.relayed.up else self.direct
-
     def _links(self) -> list[Link]:
-        return [self.relayed, self.direct] if self.direct is not None else [self.relayed]
+        return [self.relayed, *self.directs]
+
+    def _traffic(self) -> int:
+        return self._outbound.last + self._inbound.received
 
     def _transmit(self, link: Link, sent: Sent) -> None:
         link.carried += 1
         sent.link = link
         sent.place = link.carried
         link.send(sent.data)
+        doubted = self._doubted
+        if doubted is not None and doubted.ready and sent.data[1] >> PRIORITY_SHIFT <= Priority.DECODE:
+            doubted.send(sent.data)  # The receiver drops what it has.
 
     def _pump(self) -> None:
         """Give the link what waits, most urgent first, while it and the window have room."""
         while not self.closed.is_set() and not self._outbound.idle:
-            link = self._link
+            link = self._path
             if link is None or not link.ready or (taken := self._outbound.take()) is None:
                 return
             sent, message = taken
@@ -287,6 +388,17 @@ class Channel:
                 done = self._senders.pop(message)
                 if not done.done():
                     done.set_result(None)
+
+    def _consumed(self, received: int) -> None:
+        """The peer consumed all up to this frame; when more waits, that tells what the path can do."""
+        self._outbound.consumed(received)
+        link = self._path
+        if link is None:
+            return
+        if self._outbound.idle:
+            link.calm()
+        elif link.measure(time.perf_counter()):
+            self._resize(link)
 
     def _give_up(self, waiting: Splitter) -> None:
         if self._senders.pop(waiting, None) is not None:
@@ -300,7 +412,7 @@ class Channel:
         if self._credit_timer is not None:
             self._credit_timer.cancel()
             self._credit_timer = None
-        link = self._link
+        link = self._path
         if link is not None and (consumed := self._inbound.credit()) is not None:
             self._tell(link, Credit(consumed))
 
@@ -318,6 +430,8 @@ class Channel:
         if self.closed.is_set():
             return
         link.silent_ticks = self._silent_ticks = self._grace_ticks = 0
+        if self._path is None:
+            self._choose()
         try:
             header = read_header(frame)
             if header.kind == PEER_WIRE:
@@ -337,8 +451,9 @@ class Channel:
     def _told(self, link: Link, message: ChannelMessage) -> None:
         match message:
             case Ping():
-                if message.deaf and self._trusted and self.direct is not None:
-                    self._leave_direct(self.direct)
+                for deaf in tuple(self.directs):
+                    if deaf.kind == message.deaf and deaf.trusted:
+                        self._distrust(deaf)
                 # A link that is behind answers no pings, so nobody can fill our memory with answers.
                 if link.ready:
                     pong = Pong(message.number, self._inbound.received, self._inbound.settle())
@@ -346,10 +461,14 @@ class Channel:
             case Pong():
                 self._answered(link, message)
             case Credit():
-                self._outbound.consumed(message.received)
+                self._consumed(message.received)
                 self._pump()
             case Describe():
                 self._upgrade.described(message)
+            case Listening():
+                self._sockets.told(message)
+                # Nobody says it twice without reason: its network may be another one now.
+                self._upgrade.retry()
             case Bye():
                 self.end(message.reason or "the other side closed it", bye=False)
             case _:
@@ -359,11 +478,14 @@ class Channel:
         place = link.answered(pong.number, time.perf_counter())
         if place is None:
             return
-        if link is self.direct:
-            self._trusted = True
+        link.trusted = True
+        if link is self._doubted:
+            self._doubted = None
+        if link is not self.relayed:
             self._proof = 0
-        self._outbound.consumed(pong.consumed)
+        self._consumed(pong.consumed)
         self._outbound.answered(link, place, pong.received)
+        self._choose()
         self._pump()
 
     async def _handle(self) -> None:
@@ -388,36 +510,82 @@ class Channel:
                 self._inbound.handled()
                 self._credit_later()
 
-    # ------------------------------------------------------------ the direct link
+    # ------------------------------------------------------------ paths
 
-    def _use_direct(self, link: DirectLink) -> None:
+    def _choose(self) -> None:
+        """Take the best link that there is now."""
+        links = [link for link in self._links() if link is not self.relayed or self.relayed.up]
+        ways = [Way(link.kind, link.trusted, link.least_rtt_ms, link.goodput) for link in links]
+        current = links.index(self._path) if self._path in links else None
+        settled = self._settled_ticks >= self._pace.ticks(SETTLED_S)
+        chosen = choose(ways, current, settled=settled)
+        path = None if chosen is None else links[chosen]
+        if path is self._path:
+            return
+        before, self._path = self._path, path
+        self._settled_ticks = 0
+        if path is self._doubted:
+            self._doubted = None
+        if path is not None:
+            path.silent_ticks = 0
+            self._resize(path)
+            self._ping(path)
+            log.info("messages to %s now go by the %s path", short(self.peer), path.kind)
+        if before in links:
+            before.calm()
+            # What it still carries is known to be there, or lost, with the answer.
+            self._ping(before)
+            if not before.trusted:
+                self._doubted = before
+                self._outbound.link_lost(before)
+                self._pump()
+
+    def _resize(self, link: Link) -> None:
+        self._outbound.resize(window_bytes(Way(link.kind, link.trusted, link.base_rtt_ms, link.goodput)))
+
+    def _use_direct(self, link: DirectPath) -> None:
         """A direct link opened; it carries messages once it has answered a ping."""
-        self.direct = link
+        self.directs.append(link)
+        self._was_direct = True
         self._ping(link)
 
-    def _drop_direct(self, link: DirectLink) -> None:
-        if link is not self.direct:
+    def _drop_direct(self, link: DirectPath) -> None:
+        if link not in self.directs:
             return
-        self.direct = None
-        self._leave_direct(link)
-        if self.relayed.gone:
+        self.directs.remove(link)
+        if link is self._doubted:
+            self._doubted = None
+        self._distrust(link)
+        if self.relayed.gone and not self.directs:
             self.end("its direct link ended, and it is at no relay", bye=False)
 
-    def _leave_direct(self, link: DirectLink) -> None:
-        """From now on by the relay, beginning with what the direct link may not have delivered.
+    def _distrust(self, link: Link) -> None:
+        """From now on by another one, beginning with what this one may not have delivered.
 
-        The other side hears of it: it may still hear us directly, and would go on speaking to deaf ears.
+        The other side hears of it: it may still hear us there, and would go on speaking to deaf ears.
         """
-        self._trusted = False
-        self._outbound.link_lost(link)
-        self._ping(self.relayed, deaf=True)
+        link.trusted = False
+        self._choose()
+        if link is not self._path:
+            self._outbound.link_lost(link)
+            alike = any(other.kind == link.kind for other in self.directs if other is not link)
+            if self._path is not None and link is not self.relayed and not alike:
+                self._ping(self._path, deaf=link.kind)
         self._pump()
+
+    def look_again(self) -> None:
+        """This machine's addresses changed: links may be dead, and others may open."""
+        for link in self._links():
+            self._ping(link)
+        self._sockets.moved()
+        self._upgrade.retry()
 
     # ------------------------------------------------------------ the relays
 
     def relay_back(self, meeting: Meeting) -> None:
         """A relay connection of ours came back: the peer may be there, or come back a little later."""
         self.relayed.present(meeting)
+        self._choose()
         self._grace_ticks = self._pace.ticks(RELAY_BACK_S)
         self._silent_ticks = 0
         self._ping(self.relayed)
@@ -426,6 +594,7 @@ class Channel:
     def relay_cut(self, meeting: Meeting) -> None:
         """A relay connection of ours ended: frames on their way through it may be lost."""
         self.relayed.cut(meeting)
+        self._choose()
         self._outbound.link_lost(self.relayed)
         self._pump()
 
@@ -439,14 +608,16 @@ class Channel:
         if self._grace_ticks or not was_up:
             return
         self.relayed.absent(meeting)
+        self._choose()
         self._outbound.link_lost(self.relayed)
         if self.relayed.up:
             self._ping(self.relayed)
             self._pump()
-        elif self.direct is None:
+        elif not self.directs:
             self.end("the relay lost it", bye=False)
         elif was_heard:
-            self._ping(self.direct)
+            for link in self.directs:
+                self._ping(link)
             self._proof = PROOF_TICKS
             self._loop.call_later(PROOF_TICK_S, self._proof_tick)
 
@@ -472,7 +643,7 @@ class Channel:
             for link in self._links():
                 self._ping(link)
 
-    def _ping(self, link: Link, *, deaf: bool = False) -> None:
+    def _ping(self, link: Link, *, deaf: LinkKind | None = None) -> None:
         """Ask, even over a link that is behind: what makes it so may be that nobody is there."""
         if not self.closed.is_set():
             self._tell(link, Ping(link.pinged(time.perf_counter()), deaf))
@@ -482,22 +653,53 @@ class Channel:
         self._timer = self._loop.call_later(pace.tick_s, self._tick)
         self._ticks += 1
         self._silent_ticks += 1
+        self._settled_ticks += 1
         self._grace_ticks = max(0, self._grace_ticks - 1)
         for link in self._links():
             link.silent_ticks += 1
-            used = link is self._link or link is self.direct
+            used = link is self._path or link is not self.relayed
             if link is self.relayed and not self.relayed.up and self._ticks % pace.standby_ping == 0:
                 self.relayed.retry()
             if self._ticks % (pace.ping if used else pace.standby_ping) == 0:
                 self._ping(link)
-        if self.direct is not None:
-            self._look_at_direct(self.direct)
-        patience = pace.dead if self.relayed.up or self.direct is not None else pace.ticks(RELAY_AWAY_S)
+        self._look_at_links()
+        self._look_at_traffic()
+        patience = pace.dead if self.relayed.up or self.directs else pace.ticks(RELAY_AWAY_S)
         if self._silent_ticks >= max(patience, 1) and not self._grace_ticks:
             self.end(f"no sign of life for {self._silent_ticks * pace.tick_s:.1f} s", bye=True)
 
-    def _look_at_direct(self, link: DirectLink) -> None:
-        if link.overrun or link.silent_ticks >= self._pace.ticks(DIRECT_SILENT_S) + self._pace.distrust:
-            link.lost.set()
-        elif self._trusted and link.silent_ticks >= self._pace.distrust and self.relayed.up:
-            self._leave_direct(link)
+    def _look_at_links(self) -> None:
+        """Pass over those that are silent, and close those that are for long."""
+        pace = self._pace
+        for link in tuple(self.directs):
+            if link.overrun or link.silent_ticks >= pace.ticks(DIRECT_SILENT_S) + pace.distrust:
+                link.lost.set()
+            elif link.trusted and link.silent_ticks >= pace.distrust:
+                self._distrust(link)
+        relayed = self.relayed
+        if (
+            relayed is self._path
+            and relayed.trusted
+            and relayed.silent_ticks >= pace.distrust
+            and self.directs
+        ):
+            self._distrust(relayed)
+        self._choose()
+
+    def _look_at_traffic(self) -> None:
+        """Close direct links when nothing is said for long, and seek them again with the next word."""
+        traffic = self._traffic()
+        if traffic != self._seen_traffic or self.watching:
+            self._seen_traffic = traffic
+            self._quiet_ticks = 0
+            if self._quiet:
+                self._quiet = False
+                self._sockets.retry()
+                self._upgrade.retry()
+            return
+        self._quiet_ticks += 1
+        # Never the last path: without a relay nothing could bring another.
+        if self._quiet_ticks >= self._pace.ticks(QUIET_S) and self.relayed.up:
+            self._quiet = True
+            for link in self.directs:
+                link.lost.set()

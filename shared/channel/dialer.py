@@ -10,12 +10,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from shared.background import Background
-from shared.channel.channel import Channel, Handler
-from shared.channel.link import Link
+from shared.channel.addresses import Interface, Listen, local_interfaces
+from shared.channel.channel import Channel, Handler, MakeDirect, Openings
+from shared.channel.listening import ListeningPort
 from shared.channel.relayed import Meeting, Relay, RelayedLink
 from shared.channel.sealed import (
     Ephemeral,
@@ -42,6 +45,8 @@ MAX_CHANNELS = 1024
 MAX_UNPROVEN = 64
 # Direct links being opened at once, each with a socket per address of this machine; others wait on the relay.
 MAX_OPENING = 16
+# Home networks change when a cable is pulled or a laptop wakes up; looking takes half a millisecond.
+LOOK_AT_ADDRESSES_S = 5.0
 
 
 class _Dial:
@@ -59,8 +64,9 @@ class _Dial:
 class Dialer:
     """All channels of one participant, over one or several relay connections.
 
-    `handler` gets the messages of all channels; `on_closed` is told once for each that was open. The relay
-    connections must outlive it.
+    `handler` gets the messages of all channels; `on_closed` is told once for each that was open. With
+    `listen` the other ends of channels may call a port of ours; entering raises SettingsError when it cannot
+    be had. The relay connections must outlive it.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Dialer:
         handler: Handler,
         *,
         direct: bool = True,
+        listen: Listen | None = None,
         on_closed: Callable[[Channel], None] | None = None,
     ) -> None:
         self.identity = identity
@@ -88,11 +95,21 @@ class Dialer:
         self._unproven: dict[PeerId, Channel] = {}
         self._by_tag: dict[bytes, Channel] = {}
         self._direct_limit = asyncio.Semaphore(MAX_OPENING)
+        self._socket_limit = asyncio.Semaphore(MAX_OPENING)
+        self.port = ListeningPort(listen) if listen is not None and direct else None
+        """Where the other ends of channels may call."""
+        self._interfaces: frozenset[Interface] = frozenset()
+        self._stack = AsyncExitStack()
         self._tasks = Background()
         self._open = False
 
     async def __aenter__(self) -> Self:
+        if self.port is not None:
+            await self._stack.enter_async_context(self.port)
         self._open = True
+        if self._certificate is not None:
+            self._interfaces = local_interfaces()
+            self._tasks.start(self._watch_addresses())
         for meeting in self._meetings:
             self._listen(meeting)
             self._tasks.start(meeting.run())
@@ -110,6 +127,7 @@ class Dialer:
             for peer in tuple(self._dials):
                 self._fail(peer, "cannot be dialled any more: this side stops")
             await self._tasks.__aexit__(kind, error, trace)
+            await self._stack.aclose()
 
     @property
     def nat(self) -> NatKind:
@@ -219,23 +237,34 @@ class Dialer:
             RelayedLink(peer, self._meetings, meeting, keys),
             self._handler,
             dialled=dialled,
-            make_direct=self._make_direct(peer),
-            direct_limit=self._direct_limit,
+            openings=self._openings(peer),
             on_closed=lambda channel: self._closed(tag, channel),
         )
         return channel
 
-    def _make_direct(
-        self, peer: PeerId
-    ) -> (
-        Callable[[tuple[str, int] | None, Callable[[Link, bytes], None], Callable[[], None]], DirectLink]
-        | None
-    ):
+    def _openings(self, peer: PeerId) -> Openings:
         certificate = self._certificate
-        if certificate is None:
-            return None
-        controlling = self.identity.id < peer
-        return lambda stun, on_frame, on_room: DirectLink(certificate, controlling, stun, on_frame, on_room)
+        make_direct: MakeDirect | None = None
+        interfaces: Callable[[], frozenset[Interface]] | None = None
+        if certificate is not None:
+            controlling = self.identity.id < peer
+            make_direct = partial(DirectLink, certificate, controlling)
+            interfaces = self._own_interfaces
+        return Openings(make_direct, self._direct_limit, self.port, interfaces, self._socket_limit)
+
+    def _own_interfaces(self) -> frozenset[Interface]:
+        return self._interfaces
+
+    async def _watch_addresses(self) -> None:
+        """Tell the channels when this machine is in another network than before."""
+        while True:
+            await asyncio.sleep(LOOK_AT_ADDRESSES_S)
+            found = local_interfaces()
+            if found != self._interfaces:
+                log.info("the addresses of this machine changed")
+                self._interfaces = found
+                for channel in self.channels.values():
+                    channel.look_again()
 
     def _establish(self, channel: Channel) -> None:
         """From now on this is the channel to its peer."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from shared.channel.path_choice import WINDOW_MOST_BYTES, WINDOW_START_BYTES
 from shared.errors import ProtocolError
 from shared.framing import (
     CHUNK_BYTES,
@@ -27,21 +28,24 @@ from shared.framing import (
 )
 from shared.protocol import Path
 
-WINDOW_BYTES = 512 * 1024
-"""Sent but not consumed. Bounds the memory of both ends and of the relay between them, and the time for which
-a fast sender can keep a path's queues filled: 40 ms at 100 Mbit/s."""
 WINDOW_FRAMES = 512
+"""Frames sent but not consumed, at most, however small; the bytes are for `path_choice` to measure."""
 # The urgent may use more of the window: a prefill that fills its share never keeps a token waiting.
 _SHARES = {Priority.CONTROL: 1.0, Priority.DECODE: 0.875, Priority.PREFILL: 0.75}
 _PRIORITIES = tuple(Priority)
-_LIMIT_BYTES = tuple(int(WINDOW_BYTES * _SHARES[priority]) for priority in _PRIORITIES)
 _LIMIT_FRAMES = tuple(int(WINDOW_FRAMES * _SHARES[priority]) for priority in _PRIORITIES)
 # A message given up half way is told in a frame beyond the window, at most one for each priority.
 _TOLERATED_FRAMES = WINDOW_FRAMES + len(_PRIORITIES)
-_TOLERATED_BYTES = WINDOW_BYTES + len(_PRIORITIES) * HEADER_BYTES
+_TOLERATED_BYTES = WINDOW_MOST_BYTES + len(_PRIORITIES) * HEADER_BYTES
 
 CREDIT_BYTES = 32 * 1024
 CREDIT_FRAMES = 32
+
+
+class Carrier(Protocol):
+    """What carries frames, with its own account of them."""
+
+    delivered: int
 
 
 class Sent:
@@ -52,7 +56,7 @@ class Sent:
     def __init__(self, sequence: int, data: bytes) -> None:
         self.sequence = sequence
         self.data = data
-        self.link: object = None
+        self.link: Carrier | None = None
         """The link that carried it last; None when it has to go again."""
         self.place = 0
         """How many frames that link had carried when it carried this one."""
@@ -70,8 +74,17 @@ class Outbound:
         self.unconsumed: deque[Sent] = deque()
         self.last = 0
         """The number of the newest frame."""
+        self.window = 0
+        """Bytes that may be sent and not consumed: what bounds the memory of both ends and of a relay between
+        them, and the time for which a prefill can keep the queues on the way filled."""
+        self.resize(WINDOW_START_BYTES)
         self._bytes = 0
         self._again: deque[Sent] = deque()
+
+    def resize(self, window_bytes: int) -> None:
+        """How much may be under way from now on."""
+        self.window = window_bytes
+        self._limit_bytes = tuple(int(window_bytes * _SHARES[priority]) for priority in _PRIORITIES)
 
     @property
     def idle(self) -> bool:
@@ -115,13 +128,16 @@ class Outbound:
         if received > self.last:
             raise ProtocolError(f"frame {received} was acknowledged, but only {self.last} were sent")
         while self.unconsumed and self.unconsumed[0].sequence <= received:
-            self._bytes -= len(self.unconsumed.popleft().data)
+            sent = self.unconsumed.popleft()
+            self._bytes -= len(sent.data)
+            if sent.link is not None:
+                sent.link.delivered += len(sent.data)
 
-    def link_lost(self, link: object) -> None:
+    def link_lost(self, link: Carrier) -> None:
         """Everything this link carried that was not consumed goes again."""
         self._repeat(sent for sent in self.unconsumed if sent.link is link)
 
-    def answered(self, link: object, place: int, received: int) -> None:
+    def answered(self, link: Carrier, place: int, received: int) -> None:
         """A ping, sent on `link` after `place` frames, was answered: `received` was the newest in order.
 
         A link keeps the order, so if the first frame that is missing went there before the ping, it is lost
@@ -147,7 +163,10 @@ class Outbound:
         return bool(self.unconsumed) and self.unconsumed[0].sequence <= sent.sequence
 
     def _fits(self, priority: Priority, size: int) -> bool:
-        return self._bytes + size <= _LIMIT_BYTES[priority] and len(self.unconsumed) < _LIMIT_FRAMES[priority]
+        return (
+            self._bytes + size <= self._limit_bytes[priority]
+            and len(self.unconsumed) < _LIMIT_FRAMES[priority]
+        )
 
     def _number(self, data: bytes) -> Sent:
         self.last += 1
@@ -246,7 +265,7 @@ class Inbound:
         self.received += 1
         if self._held_bytes > _TOLERATED_BYTES or self.received - self._credited > _TOLERATED_FRAMES:
             raise ProtocolError(
-                f"more than the {WINDOW_BYTES} bytes or {WINDOW_FRAMES} frames of credit came"
+                f"more than the {WINDOW_MOST_BYTES} bytes or {WINDOW_FRAMES} frames of credit came"
             )
         message = self._joiner.push(header, frame)
         if message is not None:

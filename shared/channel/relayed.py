@@ -142,6 +142,7 @@ class RelayedLink(Link):
     """Sealed frames by way of a relay."""
 
     path = "relayed"
+    kind = "relayed"
 
     def __init__(self, peer: PeerId, meetings: Sequence[Meeting], via: Meeting, keys: Keys) -> None:
         super().__init__()
@@ -175,6 +176,11 @@ class RelayedLink(Link):
     def whereabouts(self) -> tuple[NatKind, str]:
         """What our router does, and where the relay in use sees us."""
         return (self._via.nat, self._via.relay.address) if self._via else ("unknown", "")
+
+    @property
+    def further(self) -> bytes:
+        """What the keys of the channel's sockets are made from."""
+        return self._keys.further
 
     @property
     def refused(self) -> int:

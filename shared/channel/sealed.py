@@ -4,7 +4,7 @@ Offer and answer each hold an ephemeral X25519 key (RFC 7748), signed by the sen
 receiver and this channel. The keys of the seal come from the agreed secret and a hash over both texts (HKDF,
 RFC 5869), so whoever changes a letter on the way ends up with other keys. Each direction has its own
 ChaCha20-Poly1305 key (RFC 8439). The ephemeral keys are forgotten with the channel: a stolen identity opens
-no recorded traffic.
+no recorded traffic. Sockets that the two open beside the relay have keys of their own, from the same secret.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from shared.protocol import Greeting, SignedRecord, decode, encode
 
 GREETING_DOMAIN = "corolla-greeting-1"
 KEYS_DOMAIN = b"corolla-channel-keys-1"
+SOCKET_DOMAIN = b"corolla-socket-keys-1"
+SOCKET_TAG_DOMAIN = b"corolla-socket-tag-1"
 
 FRESH_S = 60.0
 """Clocks at home are off by seconds, so half of this is no sign of a replay."""
@@ -123,10 +125,12 @@ class SeenChannels:
 
 
 class Keys(NamedTuple):
-    """The two halves of a channel's seal, from this side."""
+    """The two halves of a seal, from this side."""
 
     seal: Seal
     opener: Opener
+    further: bytes = b""
+    """What the keys of this channel's sockets are made from."""
 
 
 def agree(own: Ephemeral, offer: SignedRecord, answer: SignedRecord, remote_key: str) -> Keys:
@@ -138,12 +142,30 @@ def agree(own: Ephemeral, offer: SignedRecord, answer: SignedRecord, remote_key:
             "a greeting holds a key that agrees with nobody (RFC 7748, section 6.1)"
         ) from None
     transcript = hashlib.sha256(offer.body.encode()).digest() + hashlib.sha256(answer.body.encode()).digest()
-    material = HKDF(SHA256(), length=64, salt=transcript, info=KEYS_DOMAIN).derive(secret)
-    from_offerer, from_answerer = material[:32], material[32:]
+    material = HKDF(SHA256(), length=96, salt=transcript, info=KEYS_DOMAIN).derive(secret)
+    from_offerer, from_answerer, further = material[:32], material[32:64], material[64:]
     tag = channel_tag(own.greeting.channel)
     if own.greeting.kind == "offer":
-        return Keys(Seal(from_offerer, tag), Opener(from_answerer, tag))
-    return Keys(Seal(from_answerer, tag), Opener(from_offerer, tag))
+        return Keys(Seal(from_offerer, tag), Opener(from_answerer, tag), further)
+    return Keys(Seal(from_answerer, tag), Opener(from_offerer, tag), further)
+
+
+def socket_tag(further: bytes, ticket: bytes) -> bytes:
+    """What a hello on a listening port begins with, so that it finds the channel it is for.
+
+    Nobody but the two ends can know it: not the relay, which knows the channel's own tag.
+    """
+    return HKDF(SHA256(), length=8, salt=ticket, info=SOCKET_TAG_DOMAIN).derive(further)
+
+
+def socket_keys(further: bytes, ticket: bytes, nonce: bytes, *, dialling: bool) -> Keys:
+    """The keys of one socket: the listening side drew the ticket, the dialling side the nonce."""
+    material = HKDF(SHA256(), length=64, salt=ticket + nonce, info=SOCKET_DOMAIN).derive(further)
+    from_dialler, from_listener = material[:32], material[32:]
+    tag = socket_tag(further, ticket)
+    if dialling:
+        return Keys(Seal(from_dialler, tag), Opener(from_listener, tag))
+    return Keys(Seal(from_listener, tag), Opener(from_dialler, tag))
 
 
 def text_hash(body: str) -> str:
@@ -180,6 +202,8 @@ class Opener:
         self._cipher = ChaCha20Poly1305(key)
         self._tag = tag
         self._count = 0
+        self.opened = 0
+        """How many frames did."""
         self.refused = 0
         """How many frames did not open. Only a relay that misbehaves, or a change of relay, makes it grow."""
 
@@ -201,7 +225,13 @@ class Opener:
             return None
         # Only an opened frame counts: a forged number must not make us deaf to the true ones.
         self._count = count
+        self.opened += 1
         return frame
+
+    @property
+    def whole(self) -> bool:
+        """False when frames are missing before the newest."""
+        return self.opened == self._count
 
 
 def sealed_tag(sealed: bytes | memoryview) -> bytes:

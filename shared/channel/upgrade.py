@@ -7,6 +7,7 @@ both make the first without being asked; later ones follow the dialler's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -60,8 +61,13 @@ class Upgrade:
         self._described = asyncio.Event()
         self._attempt = 0
         self._link: DirectLink | None = None
+        self._again = asyncio.Event()
         self.why_relayed = OPENING
         """Why there is no direct link, in words; of no meaning while there is one."""
+
+    def retry(self) -> None:
+        """What failed may work now, or is needed again."""
+        self._again.set()
 
     def described(self, message: Describe) -> None:
         """The other side told how to reach it. A newer attempt of its means that the current one is over."""
@@ -132,11 +138,15 @@ class Upgrade:
     async def _next(self, pause_s: float) -> None:
         """Wait until another attempt is due: by the clock and while traffic flows, or when asked for."""
         if self._dialled:
-            while True:
+            await asyncio.sleep(PAUSE_S)
+            while not self._again.is_set():
                 before = self._traffic()
-                await asyncio.sleep(pause_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._again.wait()
                 if self._traffic() != before:
                     break
+            self._again.clear()
             self._attempt += 1
             return
         await asyncio.sleep(PAUSE_S)

@@ -110,6 +110,7 @@ class DirectLink(Link):
     """
 
     path = "direct"
+    kind = "data channel"
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from shared.background import Background
-from shared.channel import Channel, Dialer, Priority
+from shared.channel import Channel, Dialer, Listen, PathReport, Priority
 from shared.client.directory import Directory
 from shared.client.generation import Generation
 from shared.client.route_planner import Candidate, fill_route
@@ -54,12 +54,24 @@ class SwarmClient:
     With several relays it sees what any of them shows, and reaches a peer by any that both are at.
     """
 
-    def __init__(self, identity: Identity, relays: str | Sequence[str], *, direct: bool = True) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        relays: str | Sequence[str],
+        *,
+        direct: bool = True,
+        listen: Listen | None = None,
+    ) -> None:
         self.identity = identity
         self.directory = Directory()
         self.relays = Relays(relays, identity)
         self._dialer = Dialer(
-            identity, self.relays.clients, self._handle, on_closed=self._channel_closed, direct=direct
+            identity,
+            self.relays.clients,
+            self._handle,
+            on_closed=self._channel_closed,
+            direct=direct,
+            listen=listen,
         )
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
@@ -165,6 +177,10 @@ class SwarmClient:
     def links(self) -> dict[PeerId, tuple[Path, float | None]]:
         """Open channels: what carries each now, and its round trip in ms when measured."""
         return {peer: (channel.path, channel.rtt_ms) for peer, channel in self._dialer.channels.items()}
+
+    def path_reports(self) -> dict[PeerId, PathReport]:
+        """Open channels: what carries each now, and why nothing better does."""
+        return {peer: channel.report() for peer, channel in self._dialer.channels.items()}
 
     async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
         match message:

@@ -76,6 +76,7 @@ class FakeGateway:
         self.left = asyncio.Event()
         """Set when an asker left before the answer was complete."""
         self.paths = {"ann": "local", "bob": "relayed", "eve": "direct"}
+        self.path_words = {"bob": "relayed, 7.0 ms there and back (socket: its address does not answer)"}
         self.route: list[tuple[str, Span]] = []
         relay = {"url": "ws://127.0.0.1:8787", "connected": True}
         self._view: Json = {"relay": relay, "models": [], "peers": []}
@@ -247,6 +248,7 @@ class FakeGateway:
             "kv_tokens_free": 4096,
             "path": self.paths.get(name),
             "rtt_ms": 1.5,
+            "path_words": self.path_words.get(name),
         }
 
 

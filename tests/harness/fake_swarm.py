@@ -18,6 +18,7 @@ import msgspec
 from tokenizers import Tokenizer
 
 from shared.announcement import sign_announcement
+from shared.channel import PathReport
 from shared.client.directory import Directory
 from shared.client.session import Drawn, Request, Rerouted
 from shared.errors import NoRoute
@@ -80,6 +81,7 @@ class FakeSwarm:
         self.files = dict(files or chat_files(self.tokenizer))
         self.identities: dict[str, Identity] = {}
         self.paths: dict[str, tuple[Path, float | None]] = {}
+        self.reports: dict[str, PathReport] = {}
         self.requests: list[Request] = []
         self.fetches = 0
         self.running = 0
@@ -156,6 +158,9 @@ class FakeSwarm:
 
     def links(self) -> Mapping[PeerId, tuple[Path, float | None]]:
         return {self.id(name): link for name, link in self.paths.items()}
+
+    def path_reports(self) -> Mapping[PeerId, PathReport]:
+        return {self.id(name): report for name, report in self.reports.items()}
 
     async def fetch_files(self, artefact: str) -> Mapping[str, bytes]:
         self.fetches += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -234,6 +235,12 @@ async def test_the_route_of_the_newest_token_is_lit(page: Page, gateway: FakeGat
         " → eve (layers 4–6, 1.3 ms, direct) → you"
     )
     await expect(page.locator(".numbers")).to_contain_text("tokens/s")
+
+
+async def test_a_peer_tells_how_it_is_reached_and_why_not_better(page: Page, gateway: FakeGateway) -> None:
+    bob, eve = (page.locator(f".lane[data-peer={name}] .who") for name in ("bob", "eve"))
+    await expect(bob).to_have_attribute("title", gateway.path_words["bob"])
+    await expect(eve).not_to_have_attribute("title", re.compile(".*"))
 
 
 async def test_a_reroute_is_said_and_seen(page: Page, gateway: FakeGateway) -> None:

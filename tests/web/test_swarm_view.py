@@ -8,6 +8,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from shared.channel import PathReport
 from shared.protocol import PeerState
 from tests.harness.fake_swarm import FakeRelay, FakeSwarm
 from web.swarm_view import LOOK_AGAIN_S, SHORTEST_S, swarm_view
@@ -18,6 +19,7 @@ Json = dict[str, Any]
 async def test_the_view_tells_relay_models_and_peers(http: aiohttp.ClientSession, swarm: FakeSwarm) -> None:
     swarm.serve("oak", layers=8, eve=(2, 4))
     swarm.link("ann", "direct", 12.345)
+    swarm.reports["ann"] = PathReport("data channel", 12.345, 3_000_000, "socket: no answer")
     async with http.get("/api/swarm") as response:
         view = await response.json()
     assert view["relay"] == {"url": swarm.relay.url, "connected": True}
@@ -48,8 +50,9 @@ async def test_the_view_tells_relay_models_and_peers(http: aiohttp.ClientSession
         "kv_tokens_free": 10_000,
         "path": "direct",
         "rtt_ms": 12.3,
+        "path_words": "data channel, 12.3 ms there and back, 3.0 MB/s (socket: no answer)",
     }
-    assert (bob["path"], bob["rtt_ms"]) == (None, None)
+    assert (bob["path"], bob["rtt_ms"], bob["path_words"]) == (None, None, None)
     assert eve["model"] == "oak"
 
 

@@ -134,7 +134,7 @@ function LaneRow({ lane, model, width }) {
   const inPetals = width / count >= LEAST_PETAL_PX;
   const all = Array.from({ length: lane.end - lane.start }, (_, index) => lane.start + index);
   return html`<li class="lane row ${lane.kind} ${lane.hop ? "lit" : ""}" data-peer=${lane.name}>
-    <span class="who">
+    <span class="who" title=${lane.peer?.path_words ?? undefined}>
       <bdi class="name">${lane.name}</bdi>
       ${aboutLane(lane).map((line) => html`<small>${line}</small>`)}
     </span>

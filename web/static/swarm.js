@@ -18,6 +18,7 @@ const LONGEST_RETRY_MS = 15_000;
  * @property {number} kv_tokens_free
  * @property {"direct" | "relayed" | "local" | null} path
  * @property {number | null} rtt_ms
+ * @property {string | null} [path_words] how the gateway reaches it, and why not better
  */
 /**
  * @typedef {object} Model

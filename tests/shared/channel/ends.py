@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import NamedTuple
 
 from relay.app import Relay
 from relay.settings import RelaySettings
-from shared.channel import Channel, Dialer
+from shared.channel import Channel, Dialer, Listen
+from shared.channel.link import LinkKind
 from shared.channel.relayed import Relay as RelayConnection
 from shared.identity import Identity, PeerId
 from shared.protocol import Path, PeerMessage, Token
@@ -39,14 +40,28 @@ class Got(NamedTuple):
 class End:
     """A participant. What comes to it lies in `inbox` unless the test sets `handle`."""
 
-    def __init__(self, identity: Identity, relay: RelayConnection, *, direct: bool = True) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        relay: RelayConnection,
+        *,
+        direct: bool = True,
+        listen: Listen | None = None,
+    ) -> None:
         self.identity = identity
         self.id: PeerId = identity.id
         self.relay = relay
         self.inbox: asyncio.Queue[Got] = asyncio.Queue()
         self.closed: asyncio.Queue[Channel] = asyncio.Queue()
         self.handle: Callable[[Got], object] | None = None
-        self.dialer = Dialer(identity, relay, self._received, direct=direct, on_closed=self.closed.put_nowait)
+        self.dialer = Dialer(
+            identity,
+            relay,
+            self._received,
+            direct=direct,
+            listen=listen,
+            on_closed=self.closed.put_nowait,
+        )
 
     async def _received(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
         got = Got(channel, message, bytes(body), path)
@@ -65,16 +80,21 @@ class End:
 
 @asynccontextmanager
 async def ends(
-    count: int = 2, *, direct: bool = True, settings: RelaySettings | None = None
+    count: int = 2,
+    *,
+    direct: bool = True,
+    settings: RelaySettings | None = None,
+    listen: Sequence[Listen | None] = (),
 ) -> AsyncIterator[list[End]]:
-    """Participants at one real relay."""
+    """Participants at one real relay; each may listen on a port of its own."""
     async with AsyncExitStack() as stack:
         relay = await stack.enter_async_context(Relay(settings or RelaySettings(port=0)))
         made = []
-        for _ in range(count):
+        for number in range(count):
             identity = Identity.generate()
             client = await stack.enter_async_context(RelayClient(relay.url, identity))
-            made.append(End(identity, client, direct=direct))
+            port = listen[number] if listen else None
+            made.append(End(identity, client, direct=direct, listen=port))
         for end in made:
             await stack.enter_async_context(end.dialer)
         yield made
@@ -96,11 +116,19 @@ async def both_direct(one: End, other: End) -> Channel:
     return channel
 
 
+async def both_by(kind: LinkKind, one: End, other: End) -> Channel:
+    """A channel whose two ends have both moved to a link of this kind."""
+    channel = await one.dialer.channel(other.id)
+    await until(lambda: one.id in other.dialer.channels)
+    back = other.channel_to(one)
+    await until(lambda: channel.report().kind == back.report().kind == kind)
+    return channel
+
+
 def mute(channel: Channel) -> None:
     """Nothing leaves this end any more, as when a machine hangs."""
-    channel.relayed.send = lambda frame: None  # type: ignore[method-assign]
-    if channel.direct is not None:
-        channel.direct.send = lambda frame: None  # type: ignore[method-assign]
+    for link in channel._links():
+        link.send = lambda frame: None  # type: ignore[method-assign]
 
 
 def cut_direct(channel: Channel) -> None:
@@ -118,6 +146,18 @@ def swallow_direct(channel: Channel) -> None:
         protocol.transport.sendto = lambda *_: None  # type: ignore[method-assign]
     for guard in channel.direct._guards:
         guard.send = lambda *_: None  # type: ignore[attr-defined]
+
+
+def cut_socket(channel: Channel) -> None:
+    """This end's TCP connection is reset."""
+    assert channel.socket is not None and channel.socket._transport is not None
+    channel.socket._transport.abort()
+
+
+def swallow_socket(channel: Channel) -> None:
+    """What this end writes to its TCP connection vanishes, as when a firewall forgets it."""
+    assert channel.socket is not None
+    channel.socket.send = lambda frame: None  # type: ignore[method-assign]
 
 
 async def send_numbers(channel: Channel, numbers: range, size: int = 2000, pause_s: float = 0.0) -> None:

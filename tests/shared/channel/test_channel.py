@@ -6,21 +6,28 @@ import asyncio
 import random
 import time
 from array import array
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 
 import pytest
 
 from relay.settings import RelaySettings
-from shared.channel import Channel, Priority
+from shared.channel import Channel, Listen, Priority, addresses
 from shared.channel import channel as channel_file
-from shared.channel.flow import WINDOW_BYTES
+from shared.channel.link import LinkKind
+from shared.channel.path_choice import WINDOW_LEAST_BYTES
+from shared.channel.path_choice import WINDOW_START_BYTES as WINDOW_BYTES
+from shared.channel.tcp import BUFFER_BYTES
 from shared.errors import ChannelClosed, ConnectionLost, ProtocolError
+from shared.framing import CHUNK_BYTES
 from shared.identity import Identity
 from shared.protocol import MAX_BODY_BYTES, Path
+from tests.harness.evil_relay import EvilRelay
 from tests.shared.channel.ends import (
     End,
     Got,
     body_of,
+    both_by,
     both_direct,
     cut_direct,
     ends,
@@ -110,6 +117,29 @@ async def test_a_stream_goes_on_by_the_relay_when_the_direct_link_dies(harm: obj
         assert paths[0] == "direct"
         assert paths[-1] == "relayed"
         assert channel.path == "relayed"
+
+
+async def test_what_a_silent_direct_link_holds_goes_by_the_relay_when_that_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel_file, "DIRECT_SILENT_S", 1000.0)
+    monkeypatch.setattr(channel_file, "WATCHED", channel_file.WATCHED._replace(dead=1000))
+    relay = EvilRelay()
+    made = []
+    for _ in range(2):
+        identity = Identity.generate()
+        made.append(End(identity, relay.connect(identity)))
+    ann, bob = made
+    async with ann.dialer, bob.dialer:
+        channel = await both_direct(ann, bob)
+        with channel.watched():
+            relay.connections[ann.id].set_connected(False)
+            swallow_direct(channel)
+            await channel.send(numbered(1))
+            await until(lambda: channel.direct is not None and not channel.direct.trusted)
+            relay.connections[ann.id].set_connected(True)
+
+            assert (await bob.got()).number == 1
 
 
 @pytest.mark.parametrize("watchers", ["ann", "bob", "both"])
@@ -302,10 +332,24 @@ async def test_a_handler_s_mistake_is_logged_and_ends_the_channel(caplog: pytest
     assert "ZeroDivisionError" in caplog.text
 
 
-@pytest.mark.parametrize("direct", [False, True])
-async def test_a_slow_handler_bounds_what_the_sender_may_send(direct: bool) -> None:
-    async with ends(direct=direct) as (ann, bob):
-        channel = await (both_direct(ann, bob) if direct else ann.dialer.channel(bob.id))
+KINDS: list[LinkKind] = ["relayed", "data channel", "socket"]
+
+
+@asynccontextmanager
+async def two_by(kind: LinkKind, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[End, End, Channel]]:
+    """Two ends whose messages go by links of this kind alone."""
+    monkeypatch.setattr(addresses, "LOOPBACK_TOO", True)
+    listen = (Listen("127.0.0.1"), None) if kind == "socket" else ()
+    async with ends(direct=kind != "relayed", listen=listen) as (ann, bob):
+        channel = await both_by(kind, ann, bob)
+        yield ann, bob, channel
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_slow_handler_bounds_what_the_sender_may_send(
+    kind: LinkKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with two_by(kind, monkeypatch) as (ann, bob, channel):
         gate = asyncio.Event()
         seen: list[int] = []
 
@@ -320,12 +364,79 @@ async def test_a_slow_handler_bounds_what_the_sender_may_send(direct: bool) -> N
         held = sum(len(arrived.message.body) for arrived in bob.channel_to(ann)._inbound.inbox)
 
         assert not sending.done()
-        assert channel._outbound._bytes <= WINDOW_BYTES
+        assert channel._outbound._bytes <= channel._outbound.window <= WINDOW_BYTES
         assert held <= WINDOW_BYTES
         gate.set()
         await sending
         await until(lambda: len(seen) == 200)
         assert seen == list(range(200))
+
+
+async def test_a_reader_that_stays_slow_shrinks_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it does not read is not sent: neither the memory nor the relay's queues fill."""
+    async with two_by("socket", monkeypatch) as (_, bob, channel):
+        bob.handle = lambda got: asyncio.sleep(0.005)
+        sending = asyncio.create_task(send_numbers(channel, range(10_000), size=16_000))
+        await until(lambda: channel._outbound.window == WINDOW_LEAST_BYTES)
+        await until(lambda: channel._outbound._bytes <= WINDOW_LEAST_BYTES)
+        sending.cancel()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_token_waits_behind_a_bounded_number_of_frames_of_a_prefill(
+    kind: LinkKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the prefill is: only frames that had left before the token can arrive before it."""
+    async with two_by(kind, monkeypatch) as (ann, bob, channel):
+        back = bob.channel_to(ann)
+        prefill = asyncio.create_task(channel.send(numbered(0), bytes(40_000_000), Priority.PREFILL))
+        behind: list[int] = []
+        windows: list[int] = []
+        for number in range(1, 21):
+            later = channel._outbound.last + 20
+            await until(lambda: channel._outbound.last > later)  # noqa: B023 - called at once
+            windows.append(channel._outbound.window)
+            arrived = back._inbound.received
+            await channel.send(numbered(number), body_of(number, 8_000), Priority.DECODE)
+            assert (await bob.got()).number == number
+            behind.append(back._inbound.received - arrived)
+        assert not prefill.done()
+        prefill.cancel()
+
+        # Its share of the window, the token, and what left after the token and before Bob's handler ran.
+        for frames, window in zip(behind, windows, strict=True):
+            assert frames <= window * 0.75 / CHUNK_BYTES + 1 + BUFFER_BYTES / CHUNK_BYTES + 16
+
+
+async def test_urgent_frames_go_both_ways_round_while_the_path_is_doubted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with two_by("socket", monkeypatch) as (ann, bob, channel):
+        back = bob.channel_to(ann)
+        doubted = channel.socket
+        assert doubted is not None
+        channel._distrust(doubted)
+        assert channel._path is not doubted
+        carried: list[bytes] = []
+        send = doubted.send
+
+        def note(frame: bytes) -> None:
+            carried.append(frame)
+            send(frame)
+
+        monkeypatch.setattr(doubted, "send", note)
+        await channel.send(numbered(1), b"urgent", Priority.DECODE)
+        await channel.send(numbered(2), b"not", Priority.PREFILL)
+        assert [(await bob.got()).number for _ in range(2)] == [1, 2]
+        await until(lambda: back._inbound.repeated == 1)
+
+        channel._ping(doubted)
+        await until(lambda: channel._path is doubted)
+        before = back._inbound.repeated
+        await channel.send(numbered(3))
+        assert (await bob.got()).number == 3
+        assert back._inbound.repeated == before
+        assert sum(b"urgent" in frame for frame in carried) == 1
 
 
 async def test_all_credit_comes_back_soon_after_the_last_message() -> None:

@@ -1,4 +1,4 @@
-"""Two relays and a direct link that are cut again and again: streams both ways arrive whole."""
+"""Two relays, a data channel and a socket, cut again and again: streams both ways arrive whole."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ import pytest
 
 from relay.app import Relay
 from relay.settings import RelaySettings
-from shared.channel import Channel, Dialer, upgrade
+from shared.channel import Channel, Dialer, Listen, addresses, sockets, upgrade
 from shared.identity import Identity
 from shared.protocol import Close
 from shared.relay_client import RelayClient
-from tests.shared.channel.ends import SESSION, End, body_of, cut_direct, numbered, swallow_direct, until
+from tests.shared.channel.ends import (
+    SESSION,
+    End,
+    body_of,
+    cut_direct,
+    cut_socket,
+    numbered,
+    swallow_direct,
+    swallow_socket,
+    until,
+)
 
 LASTS_S = 12.0
 SIZES = (0, 400, 2_000, 40_000)
@@ -30,15 +40,19 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
     monkeypatch.setattr(upgrade, "RETRY_LOST_S", 0.3)
     monkeypatch.setattr(upgrade, "RETRY_S", 0.5)
     monkeypatch.setattr(upgrade, "PAUSE_S", 0.1)
+    monkeypatch.setattr(sockets, "RETRY_LOST_S", 0.3)
+    monkeypatch.setattr(sockets, "RETRY_S", 0.5)
+    monkeypatch.setattr(sockets, "PAUSE_S", 0.1)
+    monkeypatch.setattr(addresses, "LOOPBACK_TOO", True)
     chance = random.Random(seed)
     async with AsyncExitStack() as stack:
         relays = [await stack.enter_async_context(Relay(RelaySettings(port=0))) for _ in range(2)]
         made, clients = [], []
-        for _ in range(2):
+        for listen in (Listen("127.0.0.1"), None):
             identity = Identity.generate()
             own = [await stack.enter_async_context(RelayClient(relay.url, identity)) for relay in relays]
             end = End(identity, own[0])
-            end.dialer = Dialer(identity, own, end._received, on_closed=end.closed.put_nowait)
+            end.dialer = Dialer(identity, own, end._received, listen=listen, on_closed=end.closed.put_nowait)
             await stack.enter_async_context(end.dialer)
             made.append(end)
             clients += own
@@ -47,6 +61,7 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
         await until(lambda: bob.dialer.channels)
         back = bob.channel_to(ann)
         stop = asyncio.Event()
+        kinds: set[str] = set()
 
         async def stream(sender: Channel) -> int:
             number = 0
@@ -60,6 +75,8 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
         async def check(end: End) -> int:
             number = 0
             while not isinstance((got := await end.got()).message, Close):
+                link = got.channel._path
+                kinds.add("nothing" if link is None else link.kind)
                 assert (got.number, got.body) == (number, body_of(number, SIZES[number % 4]))
                 number += 1
             return number
@@ -71,16 +88,24 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
             while time.monotonic() < until_s:
                 await asyncio.sleep(chance.random() * 0.6)
                 victim = chance.choice([channel, back])
-                harm = chance.choice(["cut", "swallow", "close", "relay"])
+                harm = chance.choice(["cut", "swallow", "close", "relay", "doubt"])
+                kind = chance.choice(["data channel", "socket"])
+                there = victim.direct if kind == "data channel" else victim.socket
                 calm = all(client.connected.is_set() for client in clients)
                 if harm == "relay" and calm and time.monotonic() - renewed > 2:
                     renewed = time.monotonic()
                     link = chance.choice(clients)._link
                     assert link is not None
                     await link._socket.close()
-                elif victim.direct is not None and harm == "close":
-                    victim.direct.lost.set()
-                elif victim.direct is not None:
+                elif there is None:
+                    continue
+                elif harm == "close":
+                    there.lost.set()
+                elif harm == "doubt":
+                    victim._distrust(there)
+                elif kind == "socket":
+                    (cut_socket if harm == "cut" else swallow_socket)(victim)
+                else:
                     (cut_direct if harm == "cut" else swallow_direct)(victim)
             stop.set()
 
@@ -91,3 +116,4 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
                 tasks.create_task(cut())
         assert [task.result() for task in sent] == [task.result() for task in got]
         assert min(task.result() for task in got) > 500
+        assert kinds >= {"relayed", "data channel", "socket"}

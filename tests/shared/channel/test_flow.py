@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.channel.flow import WINDOW_BYTES, WINDOW_FRAMES, Inbound, Outbound, Sent
+from shared.channel.flow import WINDOW_FRAMES, Inbound, Outbound, Sent
+from shared.channel.path_choice import WINDOW_MOST_BYTES
+from shared.channel.path_choice import WINDOW_START_BYTES as WINDOW_BYTES
 from shared.errors import ProtocolError
 from shared.framing import CHUNK_BYTES, PEER_WIRE, Priority, Splitter, read_header, whole_frame
 
@@ -40,6 +42,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.carried = 0
+        self.delivered = 0
         self.flying: list[Sent | int] = []
 
     def send(self, sent: Sent) -> None:
@@ -153,7 +156,7 @@ def test_a_sender_that_ignores_its_credit_is_found_out() -> None:
     inbound = Inbound()
     frame = whole_frame(PEER_WIRE, Priority.DECODE, 1, b"{}", bytes(CHUNK_BYTES - 2))
     with pytest.raises(ProtocolError, match="credit"):
-        for number in range(1, 2 * WINDOW_BYTES // CHUNK_BYTES):
+        for number in range(1, 2 * WINDOW_MOST_BYTES // CHUNK_BYTES):
             inbound.push(read_header(frame)._replace(sequence=number), frame, "relayed")
 
 
