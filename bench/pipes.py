@@ -157,7 +157,12 @@ class DirectPipe(Pipe):
 
     async def open(self, control: Connection, place: Place) -> None:
         self._link = DirectLink(
-            new_certificate(), not place.listens, None, self._frame, self._room.set, transports=self._transports
+            new_certificate(),
+            not place.listens,
+            None,
+            self._frame,
+            self._room.set,
+            transports=self._transports,
         )
         control.send_bytes(msgspec.json.encode(await self._link.describe(1)))
         await self._link.open(msgspec.json.decode(await _receive(control), type=Describe))
