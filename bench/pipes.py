@@ -1,7 +1,7 @@
 """Ways between two processes that `bench.wire` compares: each sends messages of any length and hears them.
 
-`tcp` is raw asyncio TCP, the yardstick; `stock` is aiortc as it comes, `fast` is our data channel; `relayed` and
-`socket` are whole channels, with credit, numbers and seal, by a relay and by a socket of their own.
+`tcp` is raw asyncio TCP, the yardstick; `stock` is aiortc as it comes, `fast` is our data channel; `relayed`
+and `socket` are whole channels, with credit, numbers and seal, by a relay and by a socket of their own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a message costs on its way: our channels against raw TCP and stock aiortc, near and far.
 
-Two processes, one way between them at a time, all ways in turn and several times over: compare figures of one
-run only. Near is loopback. Far is a line of 25 ms and 100 Mbit/s in user space between two network namespaces,
-without and with loss; it needs root, `ip` and `nft`, and is left out where they lack. Last comes a prompt that
-fills the far line while single tokens go the same way.
+Two processes, one way between them at a time, all ways in turn and several times over: compare figures of
+one run only. Near is loopback. Far is a line of 25 ms and 100 Mbit/s in user space between two network
+namespaces, without and with loss; it needs root, `ip` and `nft`, and is left out where they lack. Last comes
+a prompt that fills the far line while single tokens go the same way.
 
     python -m bench.wire [--rounds 3] [--trips 80] [--mib 16] [--near-only]
 """
@@ -345,7 +345,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     print(
-        f"{options.rounds} rounds, {options.trips} trips of each size (ms), {options.mib} MiB by 16 KiB (MB/s), "
+        f"{options.rounds} rounds, {options.trips} trips a size (ms), {options.mib} MiB by 16 KiB (MB/s), "
         f"ours on {event_loop.name()}, Python {platform.python_version()}, {os.cpu_count()} cores"
     )
     found = near(options)

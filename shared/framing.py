@@ -1,8 +1,7 @@
 """Messages as frames: a 16-byte header, JSON meta, raw bytes. Pure: bytes in, bytes out.
 
-A message is its meta followed by its body. It is cut into frames of at most `CHUNK_BYTES`, small enough for
-every path, so a frame that was meant for one path can be sent again on another. Who sends which frame when is
-the channel's business.
+A message is its meta followed by its body. It is cut into frames that every path can carry, so a frame that
+was meant for one path can be sent again on another. Who sends which frame when is the channel's business.
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ from shared.protocol import MAX_BODY_BYTES, MAX_CHUNK_BYTES, MAX_META_BYTES
 
 CHUNK_BYTES = 16 * 1024
 """Urgent frames pass between the chunks of a long message, so a chunk bounds how long they wait."""
+LONG_CHUNK_BYTES = MAX_CHUNK_BYTES
+"""On streams of bytes, where a frame costs the same whatever its length: by a relay or a socket."""
+WHOLE_BYTES = 60 * 1024
+"""An urgent message up to this is not cut: hidden states of one position would rarely gain from it."""
 
 SEQUENCE_MASK = 0xFFFF_FFFF
 MAX_OPEN_MESSAGES = 4
@@ -109,14 +112,13 @@ class Splitter:
     def finished(self) -> bool:
         return self._position >= self._total
 
-    @property
-    def next_bytes(self) -> int:
+    def next_bytes(self, chunk_bytes: int = CHUNK_BYTES) -> int:
         """The length of the frame that `take` would give."""
-        return HEADER_BYTES + min(CHUNK_BYTES, self._total - self._position)
+        return HEADER_BYTES + min(chunk_bytes, self._total - self._position)
 
-    def take(self, sequence: int) -> bytes:
-        """The next frame."""
-        start, end = self._position, min(self._position + CHUNK_BYTES, self._total)
+    def take(self, sequence: int, chunk_bytes: int = CHUNK_BYTES) -> bytes:
+        """The next frame, with at most `chunk_bytes` of the message."""
+        start, end = self._position, min(self._position + chunk_bytes, self._total)
         self._position = end
         flags = self.priority << PRIORITY_SHIFT | (LAST if end == self._total else 0)
         meta_bytes = len(self._meta)

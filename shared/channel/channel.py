@@ -380,7 +380,7 @@ class Channel:
         """Give the link what waits, most urgent first, while it and the window have room."""
         while not self.closed.is_set() and not self._outbound.idle:
             link = self._path
-            if link is None or not link.ready or (taken := self._outbound.take()) is None:
+            if link is None or not link.ready or (taken := self._outbound.take(link.chunk_bytes)) is None:
                 return
             sent, message = taken
             self._transmit(link, sent)

@@ -19,6 +19,7 @@ from shared.framing import (
     HEADER_BYTES,
     PEER_WIRE,
     SEQUENCE_MASK,
+    WHOLE_BYTES,
     Header,
     Joiner,
     Message,
@@ -94,24 +95,28 @@ class Outbound:
     def straight(self, priority: Priority, meta: bytes, body: bytes | bytearray | memoryview) -> Sent | None:
         """A whole message as one frame, if it fits in one and nothing is ahead of it; else None."""
         size = len(meta) + len(body)
-        if size > CHUNK_BYTES or self._again or not self._fits(priority, size + HEADER_BYTES):
+        longest = CHUNK_BYTES if priority == Priority.PREFILL else WHOLE_BYTES
+        if size > longest or self._again or not self._fits(priority, size + HEADER_BYTES):
             return None
         for urgent in range(priority + 1):
             if self.waiting[urgent]:
                 return None
         return self._number(whole_frame(PEER_WIRE, priority, self.last + 1, meta, body, priority))
 
-    def take(self) -> tuple[Sent, Splitter | None] | None:
-        """The next frame for a link, and the message it finished or goes on with. None when none may go."""
+    def take(self, chunk_bytes: int = CHUNK_BYTES) -> tuple[Sent, Splitter | None] | None:
+        """The next frame for a link, and the message it finished or goes on with. None when none may go.
+
+        `chunk_bytes` is how much of a message the link likes to carry in one frame.
+        """
         while self._again:
             sent = self._again.popleft()
             if sent.link is None and self._is_unconsumed(sent):
                 return sent, None
         for priority in _PRIORITIES:
             queue = self.waiting[priority]
-            if queue and self._fits(priority, queue[0].next_bytes):
+            if queue and self._fits(priority, queue[0].next_bytes(chunk_bytes)):
                 message = queue[0]
-                sent = self._number(message.take(self.last + 1))
+                sent = self._number(message.take(self.last + 1, chunk_bytes))
                 if message.finished:
                     queue.popleft()
                 return sent, message

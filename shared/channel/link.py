@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from typing import Literal
 
+from shared.framing import LONG_CHUNK_BYTES
+
 LinkPath = Literal["direct", "relayed"]
 LinkKind = Literal["relayed", "data channel", "socket"]
 
@@ -22,6 +24,8 @@ class Link(ABC):
 
     path: LinkPath
     kind: LinkKind
+    chunk_bytes = LONG_CHUNK_BYTES
+    """How much of a long message goes into one frame here."""
 
     def __init__(self) -> None:
         self.rtt_ms: float | None = None

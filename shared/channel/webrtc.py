@@ -40,7 +40,7 @@ from shared.channel.fast import contract
 from shared.channel.link import Link
 from shared.errors import ConnectionLost, ProtocolError
 from shared.framing import CHUNK_BYTES, HEADER_BYTES
-from shared.protocol import Describe
+from shared.protocol import MAX_CHUNK_BYTES, Describe
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class DirectLink(Link):
 
     path = "direct"
     kind = "data channel"
+    chunk_bytes = CHUNK_BYTES
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class DirectLink(Link):
         await self._dtls.start(dtls)
         if self._dtls.state != "connected":
             raise ConnectionLost("the DTLS handshake failed, or the certificate is not the one described")
-        await self._sctp.start(RTCSctpCapabilities(HEADER_BYTES + CHUNK_BYTES), SCTP_PORT)
+        await self._sctp.start(RTCSctpCapabilities(HEADER_BYTES + MAX_CHUNK_BYTES), SCTP_PORT)
         await self._opened.wait()
 
     @property

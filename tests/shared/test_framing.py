@@ -16,6 +16,7 @@ from shared.framing import (
     HEADER,
     HEADER_BYTES,
     LAST,
+    LONG_CHUNK_BYTES,
     MAX_OPEN_MESSAGES,
     PEER_WIRE,
     WHOLE,
@@ -31,12 +32,18 @@ from shared.protocol import MAX_BODY_BYTES, MAX_META_BYTES, Tensor
 from shared.tensors import check_tensor, tensor_bytes
 
 
-def cut(meta: bytes, body: bytes, priority: Priority = Priority.DECODE, stream: int = 0) -> list[bytes]:
+def cut(
+    meta: bytes,
+    body: bytes,
+    priority: Priority = Priority.DECODE,
+    stream: int = 0,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> list[bytes]:
     splitter = Splitter(meta, memoryview(body), priority, stream)
     frames: list[bytes] = []
     while not splitter.finished:
-        size = splitter.next_bytes
-        frames.append(splitter.take(len(frames) + 1))
+        size = splitter.next_bytes(chunk_bytes)
+        frames.append(splitter.take(len(frames) + 1, chunk_bytes))
         assert len(frames[-1]) == size
     return frames
 
@@ -59,6 +66,20 @@ def test_what_is_cut_is_joined_again(meta: bytes, body: bytes) -> None:
     assert (bytes(message.meta), bytes(message.body)) == (meta, body)
     assert all(len(frame) <= HEADER_BYTES + CHUNK_BYTES for frame in frames)
     assert len(frames) == -(-(len(meta) + len(body)) // CHUNK_BYTES)
+
+
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES, LONG_CHUNK_BYTES])
+def test_a_message_may_change_to_a_link_with_longer_chunks_half_way(chunk_bytes: int) -> None:
+    body = bytes(range(256)) * 1000
+    splitter = Splitter(b"meta", memoryview(body), Priority.PREFILL, stream=2)
+    frames = [splitter.take(1)]
+    while not splitter.finished:
+        frames.append(splitter.take(len(frames) + 1, chunk_bytes))
+
+    [message] = join(Joiner(), frames)
+
+    assert bytes(message.body) == body
+    assert max(len(frame) for frame in frames) == HEADER_BYTES + chunk_bytes
 
 
 def test_a_message_that_fits_is_one_frame_however_it_is_made() -> None:

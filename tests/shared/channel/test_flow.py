@@ -10,7 +10,15 @@ from shared.channel.flow import WINDOW_FRAMES, Inbound, Outbound, Sent
 from shared.channel.path_choice import WINDOW_MOST_BYTES
 from shared.channel.path_choice import WINDOW_START_BYTES as WINDOW_BYTES
 from shared.errors import ProtocolError
-from shared.framing import CHUNK_BYTES, PEER_WIRE, Priority, Splitter, read_header, whole_frame
+from shared.framing import (
+    CHUNK_BYTES,
+    PEER_WIRE,
+    WHOLE_BYTES,
+    Priority,
+    Splitter,
+    read_header,
+    whole_frame,
+)
 
 
 def queue(outbound: Outbound, number: int, size: int, priority: Priority) -> None:
@@ -128,6 +136,14 @@ def test_small_messages_are_bounded_by_their_number() -> None:
         frames += 1
 
     assert frames == WINDOW_FRAMES
+
+
+def test_an_urgent_message_is_not_cut_where_a_prompt_would_be() -> None:
+    outbound, body = Outbound(), bytes(2 * CHUNK_BYTES)
+
+    assert outbound.straight(Priority.DECODE, b"{}", body) is not None
+    assert outbound.straight(Priority.PREFILL, b"{}", body) is None
+    assert outbound.straight(Priority.DECODE, b"{}", bytes(WHOLE_BYTES)) is None
 
 
 def test_the_urgent_go_first_chunk_by_chunk() -> None:
