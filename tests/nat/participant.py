@@ -17,7 +17,8 @@ from typing import TypeVar, assert_never
 import msgspec
 from msgspec import Struct
 
-from shared.channel import Channel, upgrade
+from shared.channel import Channel, Listen, upgrade
+from shared.channel.link import LinkKind
 from shared.channel.nat import hopeless
 from shared.channel.upgrade import OPENING
 from shared.identity import Identity, PeerId
@@ -33,11 +34,13 @@ ANSWER_S = 30
 class Join(Struct, tag=True):
     """Connect to a relay, as someone new. Answered by `Joined`.
 
-    Who is `stubborn` tries to open direct links even where it is known to be in vain.
+    Who is `stubborn` tries to open direct links even where it is known to be in vain. Who `listens` opens a
+    TCP port.
     """
 
     relay: str
     stubborn: bool = False
+    listens: bool = False
 
 
 class Joined(Struct):
@@ -76,6 +79,7 @@ class Settled(Struct):
     ms: float
     """Since the channel was asked for here."""
     why_relayed: str
+    kind: LinkKind
 
 
 class Leave(Struct, tag=True):
@@ -97,8 +101,8 @@ class Participant:
         self._process = process
         self.id = PeerId("")
 
-    async def join(self, relay: str, *, stubborn: bool = False) -> None:
-        self.id = (await self._ask(Join(relay, stubborn), Joined)).id
+    async def join(self, relay: str, *, stubborn: bool = False, listens: bool = False) -> None:
+        self.id = (await self._ask(Join(relay, stubborn, listens), Joined)).id
 
     async def look(self) -> NatKind:
         return (await self._ask(Look(), Seen)).nat
@@ -139,12 +143,12 @@ async def participant(machine: Namespace) -> AsyncIterator[Participant]:
 
 @asynccontextmanager
 async def met(
-    one: Participant, other: Participant, relay: str, *, stubborn: bool = False
+    one: Participant, other: Participant, relay: str, *, stubborn: bool = False, listens: bool = False
 ) -> AsyncIterator[None]:
     """Two participants at a relay, as strangers to each other; they leave it in the end."""
     try:
         for each in (one, other):
-            await each.join(relay, stubborn=stubborn)
+            await each.join(relay, stubborn=stubborn, listens=listens)
         yield
     finally:
         for each in (one, other):
@@ -166,7 +170,7 @@ class _Person:
     async def obey(self, command: Command) -> Struct:
         match command:
             case Join():
-                return await self._join(command.relay, command.stubborn)
+                return await self._join(command.relay, command.stubborn, command.listens)
             case Look():
                 return await self._look()
             case Say():
@@ -179,11 +183,11 @@ class _Person:
             case _:
                 assert_never(command)
 
-    async def _join(self, relay: str, stubborn: bool) -> Joined:
+    async def _join(self, relay: str, stubborn: bool, listens: bool) -> Joined:
         vars(upgrade)["hopeless"] = (lambda own, other: "") if stubborn else hopeless
         identity = Identity.generate()
         client = await self._stack.enter_async_context(RelayClient(relay, identity))
-        self._end = End(identity, client)
+        self._end = End(identity, client, listen=Listen() if listens else None)
         self._end.handle = self._echo
         await self._stack.enter_async_context(self._end.dialer)
         return Joined(identity.id)
@@ -217,7 +221,9 @@ class _Person:
         # What has not settled by then is told as it is, for the test to judge.
         with suppress(TimeoutError):
             await until(lambda: channel.path == "direct" or _gave_up(channel))
-        return Settled(channel.path, _ms(started), channel.why_relayed)
+            if self._end.dialer.port is not None:
+                await until(lambda: channel.report().kind == "socket")
+        return Settled(channel.path, _ms(started), channel.why_relayed, channel.report().kind)
 
 
 def _gave_up(channel: Channel) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from itertools import product
+from typing import Literal
 
 import pytest
 
@@ -97,6 +98,24 @@ async def test_two_machines_of_one_home_are_direct_whatever_its_router_does() ->
         for kind in ("symmetric", "udpblocked"):
             lab.left.router.become(kind)
             await chat_and_become_direct(lab, ann, bob, f"one home behind {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [4, 6])
+async def test_two_machines_of_one_network_talk_by_tcp_where_udp_is_stopped(family: Literal[4, 6]) -> None:
+    async with people(Lab(one_lan=True, family=family)) as (lab, ann, bob):
+        lab.left.machine.nft(
+            "table inet firm { chain out { type filter hook output priority 0; meta l4proto udp drop; }; }\n"
+        )
+        async with met(ann, bob, lab.relay_url, listens=True):
+            first = await ann.say(bob)
+            settled = await ann.settle(bob), await bob.settle(ann)
+            later = await ann.say(bob)
+
+        assert first.ms < FIRST_WORD_MS
+        assert [each.kind for each in settled] == ["socket", "socket"], settled
+        assert settled[0].ms < DIRECT_MS
+        assert (later.there, later.back) == ("direct", "direct")
 
 
 @pytest.mark.slow
