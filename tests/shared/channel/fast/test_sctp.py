@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from shared.channel.webrtc import best_transports
+from shared.framing import HEADER_BYTES
+from shared.protocol import MAX_CHUNK_BYTES
 from tests.harness.direct_links import linked
 from tests.harness.ortc import is_open, ortc_side
 
@@ -79,5 +81,6 @@ async def test_a_channel_that_asks_for_less_is_reliable_all_the_same(parameters:
 
 async def test_a_message_that_the_other_side_does_not_take_is_refused() -> None:
     async with linked(FAST, FAST) as (ann, _):
-        with pytest.raises(ValueError, match="16401 bytes, but the other side takes 16400"):
-            ann.link.send(bytes(16_401))
+        most = HEADER_BYTES + MAX_CHUNK_BYTES
+        with pytest.raises(ValueError, match=f"{most + 1} bytes, but the other side takes {most}"):
+            ann.link.send(bytes(most + 1))
