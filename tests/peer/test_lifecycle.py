@@ -47,6 +47,7 @@ def settings(swarm: Swarm, **changes: Any) -> PeerSettings:  # noqa: ANN401
         "model": str(swarm.model),
         "threads": 1,
         "kv_bytes": 1 << 30,
+        "quantize": "none",
     }
     return PeerSettings(**(fields | changes))
 
