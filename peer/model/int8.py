@@ -34,7 +34,8 @@ class Int8(Weights):
         """Round to 127 steps on either side of zero: errors up to 1/250 of an output's largest weight."""
         outputs, inputs = weight.shape
         # The scale is rounded first, so that the numbers fit the scale that is kept.
-        scales = (weight.abs().amax(1).float() / 127).clamp(min=1e-30).bfloat16()
+        least, most = weight.aminmax(dim=1)
+        scales = (torch.maximum(-least, most).float() / 127).clamp(min=1e-30).bfloat16()
         values = torch.zeros(outputs, -(-inputs // WIDTH) * WIDTH, dtype=torch.int8)
         # In pieces: what is divided and rounded takes four times the memory of what becomes of it.
         for start in range(0, outputs, 256):

@@ -25,7 +25,8 @@ class PackedFp16(Weights):
         self.outputs, self.inputs = weight.shape
         # Beyond its range FBGEMM would saturate with a warning for each matrix; so do we, without.
         weight = weight.float().contiguous()
-        if float(weight.abs().max()) > LARGEST:
+        least, most = weight.aminmax()
+        if max(-float(least), float(most)) > LARGEST:
             weight = weight.clamp(-LARGEST, LARGEST)
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peer.model import family
+from peer.model import allocator, family
 from peer.model.anatomy import (
     Anatomy,
     Anything,
@@ -108,7 +108,8 @@ class Span:
         span = cls(model, start, end, dtype, torch.device(device))
         span._cut()
         read_before = checkpoint.bytes_read
-        span._fill(checkpoint, quantization, quantized, progress)
+        with allocator.loading():
+            span._fill(checkpoint, quantization, quantized, progress)
         span.bytes_read = checkpoint.bytes_read - read_before
         span._token_bytes = span._try_out()
         return span
