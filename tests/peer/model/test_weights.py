@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from peer.model.span import Span
 from peer.model.weights import PackedWeight, Weights
 from tests.peer.model.families import CUTS, NAMED, WIDER, Tiny, random_tokens, tiny
 from tests.peer.model.quantizations import ERROR, FAST, quantization
+
+conv1d: Any = Conv1D
 
 TOLERANCE = {"fp16": 4e-4, "int8": 0.01, "int8-fast": 0.012, "int4": 0.12, "nf4": 0.12, "llm-int8": 0.02}
 """Relative error of a product with random numbers."""
@@ -71,7 +74,7 @@ def test_a_row_gives_the_same_bits_alone_and_among_others(name: str) -> None:
 
     together = weights.forward(x)
 
-    assert torch.equal(torch.cat([weights.forward(row) for row in x.split(1)]), together)
+    assert torch.equal(torch.cat([weights.forward(row[None]) for row in x]), together)
     assert torch.equal(weights.forward(x[3:8]), together[3:8])
 
 
@@ -97,8 +100,9 @@ def test_zeros_stay_zeros_and_large_numbers_finite() -> None:
 def test_linear_conv1d_and_experts_do_not_know_that_their_weights_are_packed() -> None:
     torch.manual_seed(0)
     x, experts = torch.randn(2, 3, 32), torch.randn(4, 48, 32)
-    linear, conv = nn.Linear(32, 48), Conv1D(48, 32)
-    expected = linear(x), conv(x)
+    linear: Any = nn.Linear(32, 48)
+    conv = conv1d(48, 32)
+    expected = linear(x).detach(), conv(x).detach()
 
     linear.weight = packed("fp16", linear.weight.detach())
     conv.weight = packed("fp16", conv.weight.detach(), flipped=True)
@@ -125,7 +129,7 @@ def test_operations_that_are_not_known_get_the_dense_numbers() -> None:
 
 def test_a_packed_weight_tells_of_itself_as_a_parameter_does() -> None:
     stand_in = packed("int8", torch.randn(48, 32))
-    linear = nn.Linear(32, 48)
+    linear: Any = nn.Linear(32, 48)
     linear.weight = stand_in
 
     assert isinstance(stand_in, nn.Parameter)
@@ -139,7 +143,7 @@ def test_a_packed_weight_tells_of_itself_as_a_parameter_does() -> None:
 def test_a_gradient_passes_through_packed_weights(name: str) -> None:
     torch.manual_seed(0)
     weight = torch.randn(48, 64)
-    linear = nn.Linear(64, 48, bias=False)
+    linear: Any = nn.Linear(64, 48, bias=False)
     linear.weight = packed(name, weight)
     x = torch.randn(3, 64, requires_grad=True)
 
