@@ -87,6 +87,14 @@ def peer(
             envvar="COROLLA_DTYPE", help="auto, float32, bfloat16 or float16; alike on all peers of a model."
         ),
     ] = "auto",
+    quantize: Annotated[
+        str,
+        typer.Option(
+            envvar="COROLLA_QUANTIZE",
+            help="none, fp16, int8, int8-fast, int4 or nf4; alike on all peers of a model.",
+            show_default="fp16 on x86 unless --dtype says otherwise, else none",
+        ),
+    ] = "auto",
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -126,6 +134,7 @@ def peer(
         max_sessions=max_sessions,
         threads=threads,
         device=device,
+        quantize=quantize,
         dtype=dtype,  # type: ignore[arg-type]  # checked above
         direct=not relay_only,
         listen=parse_listen(listen, advertise or ()),
@@ -160,7 +169,7 @@ def _tell(console: Console, peer: Peer) -> None:
     console.print(
         f"[green]serving[/] layers {peer.layers} of {peer.layer_count} of [bold]{escape(peer.model)}[/]"
         f" as [bold]{escape(peer.name)}[/] ({short(peer.identity.id)})"
-        f" on {peer.device.type} in {peer.dtype_name}"
+        f" on {peer.device.type} in {peer.numbers}"
     )
     relays = " and ".join(peer.relays.connected_urls)
     port = f" and on TCP port {peer.dialer.port.port}" if peer.dialer.port is not None else ""

@@ -16,6 +16,8 @@ import torch
 
 from peer.model.artefact import artefact_id
 from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
+from peer.model.quantization import Quantization, choose
+from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span as LoadedSpan
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
@@ -27,6 +29,7 @@ from shared.errors import ProtocolError, SettingsError
 from shared.identity import Identity
 from shared.protocol import Announcement, Path, PeerMessage, PeerState
 from shared.relays import Relays
+from shared.settings import data_directory
 from shared.spans import Span, parse_layers
 from shared.tokenizer_files import files_hash
 
@@ -64,6 +67,7 @@ class Peer:
             listen=settings.listen,
         )
         self.device, self.dtype = device_and_dtype(settings)
+        self.quantization: Quantization | None = None
         self.kv_budget = KvBudget(settings.kv_bytes if settings.kv_bytes is not None else default_kv_bytes())
         self.name = settings.name or socket.gethostname()[:64]
         self.model = ""
@@ -81,6 +85,7 @@ class Peer:
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             torch.set_num_threads(self.settings.threads or default_threads())
+            self.quantization = await asyncio.to_thread(self._quantization)
             checkpoint = await asyncio.to_thread(open_checkpoint, self.settings.model)
             await asyncio.to_thread(self._describe, checkpoint)
             await stack.enter_async_context(self.relays)
@@ -113,13 +118,25 @@ class Peer:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def numbers(self) -> str:
+        """In what this peer computes, for people: `float32`, or `float32/int4` when weights are quantized."""
+        return f"{self.dtype_name}/{self.quantization.name}" if self.quantization else self.dtype_name
+
     # ------------------------------------------------------------ joining
+
+    def _quantization(self) -> Quantization | None:
+        exact = self.settings.dtype != "auto"
+        kernels = data_directory() / "kernels"
+        return choose(self.settings.quantize, self.dtype, self.device, kernels, exact=exact)
 
     def _describe(self, checkpoint: Checkpoint) -> None:
         self.model = checkpoint.name
         self.layer_count = checkpoint.layer_count
         self.layers = parse_layers(self.settings.layers, checkpoint.layer_count)
-        self.artefact = artefact_id(checkpoint, self.dtype_name, None)
+        self.artefact = artefact_id(
+            checkpoint, self.dtype_name, self.quantization.name if self.quantization else None
+        )
         context = getattr(checkpoint.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
         self._offer = Offer(
             artefact=self.artefact,
@@ -144,6 +161,8 @@ class Peer:
             self.layers.end,
             dtype=self.dtype,
             device=self.device,
+            quantization=self.quantization,
+            quantized=QuantizedCache(data_directory() / "quantized" / self.artefact),
             progress=self._report,
         )
 
@@ -184,7 +203,7 @@ class Peer:
             layer_count=self.layer_count,
             start=self.layers.start,
             end=self.layers.end,
-            dtype=self.dtype_name,
+            dtype=self.numbers,
             device=self.device.type,
             context_length=self._offer.context_length,
             kv_tokens_free=self.service.kv_tokens_free if self.service else 0,

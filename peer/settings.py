@@ -28,6 +28,8 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     device: str = "auto"
     dtype: Dtype = "auto"
+    quantize: str = "auto"
+    """In which form weights are kept: `peer.model.quantization.NAMES`."""
     direct: bool = True
     listen: Listen | None = Listen()
     """Where the other ends of channels may call, unless `direct` is off; None nowhere."""

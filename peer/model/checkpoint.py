@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -26,7 +26,18 @@ MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 """safetensors' own bound on the JSON that opens a file."""
 
-READABLE = {"F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+READABLE = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -100,18 +111,35 @@ class Checkpoint:
             self._headers[file] = read_header(self._locate(file), file)
         return self._headers[file][stored_name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored; its memory is the file's own until it is moved or changed."""
+    def read(self, name: str, *, in_place: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor as it is stored. If of dtype `in_place`, its memory is the file's own until it is changed.
+
+        Others are copied: of a mapped file all that was looked at counts as this process's memory.
+        """
         stored = self.tensor(name)
         if stored.dtype not in READABLE:
             raise UnsupportedModel(
                 f"{self.name} stores {name} as {stored.dtype}: only float32, float16 and bfloat16 are loaded"
             )
+        tensor = self._mapped(stored) if READABLE[stored.dtype] == in_place else self._copied(stored)
+        with self._lock:
+            self.bytes_read += stored.bytes
+        return tensor
+
+    def _mapped(self, stored: StoredTensor) -> torch.Tensor:
         with self._lock:
             if stored.file not in self._open_files:
                 self._open_files[stored.file] = safe_open(self._locate(stored.file), framework="pt")
             tensor: torch.Tensor = self._open_files[stored.file].get_tensor(stored.stored_name)
-            self.bytes_read += stored.bytes
+        return tensor
+
+    def _copied(self, stored: StoredTensor) -> torch.Tensor:
+        tensor = torch.empty(stored.shape, dtype=READABLE[stored.dtype])
+        with self._locate(stored.file).open("rb", buffering=0) as file:
+            file.seek(stored.start)
+            into = memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
+            while len(into) and (count := file.readinto(into)):
+                into = into[count:]
         return tensor
 
     def read_sample(self, name: str, count: int) -> bytes:

@@ -23,6 +23,10 @@ class BadLogits(CorollaError):
     """The logits are not numbers that a token can be drawn from."""
 
 
+class NoKernel(CorollaError):
+    """The C kernel of block-quantized weights cannot be built or does not run on this machine."""
+
+
 def first_line(error: Exception) -> str:
     """Someone else's error as part of a sentence of ours: its kind, and the first line of its text."""
     text = str(error).strip().partition("\n")[0]

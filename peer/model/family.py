@@ -24,8 +24,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from peer.model.anatomy import Anything
 from peer.model.errors import UnsupportedModel
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -79,12 +81,69 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
     return [argument.get("sliding_window") for argument in arguments]
 
 
-def names_to_read(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those tensors of a checkpoint that become part of what is still in `model`."""
+def packable(model: PreTrainedModel) -> dict[str, bool]:
+    """The parameters that rows of activations are multiplied with: name -> do inputs come before outputs.
+
+    Not those that choose experts: they are small, and a wrong choice costs more than a rounded product.
+    """
+    routers = {
+        child
+        for part in model.modules()
+        if any(name == "experts" for name, _ in part.named_children())
+        for child in part.children()
+    }
+    found: dict[str, bool] = {}
+    for path, part in model.named_modules():
+        if isinstance(part, nn.Linear | Conv1D) and part not in routers:
+            if part._parameters.get("weight") is not None:
+                found[f"{path}.weight"] = isinstance(part, Conv1D)
+        elif (flipped := _experts_flipped(part)) is not None:
+            for name, weight in part._parameters.items():
+                if weight is not None and weight.dim() == 3:
+                    found[f"{path}.{name}"] = flipped
+    return found
+
+
+def _experts_flipped(part: nn.Module) -> bool | None:
+    """Whether the matrices of fused experts are [experts, inputs, outputs]; None for other parts."""
+    # The one family that fuses experts and does not tell.
+    if type(part).__name__ == "Llama4TextExperts":
+        return True
+    return getattr(part, "is_transposed", None)
+
+
+def compute_experts_one_by_one(model: PreTrainedModel) -> None:
+    """Let fused experts pick their matrices one after another, which is how packed ones can be picked."""
+    if any(getattr(part, "is_transposed", None) is not None for part in model.modules()):
+        choose: Callable[[str], None] = model.set_experts_implementation
+        choose("eager")
+
+
+def tied_head(model: PreTrainedModel) -> str | None:
+    """The parameter of the head, if it has none of its own but the embedding's."""
+    names = model.all_tied_weights_keys or {}
+    head = cast(Callable[[], nn.Module | None], model.get_output_embeddings)()
+    weight = head._parameters.get("weight") if head is not None else None
+    paths = [path for path, part in model.named_modules() if part is head]
+    return next(
+        (f"{path}.weight" for path in paths if f"{path}.weight" in names and weight is not None), None
+    )
+
+
+def put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
+    """Make a tensor that counts as a parameter the parameter of that name."""
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, weight)
+
+
+def names_to_read(
+    model: PreTrainedModel, names: Iterable[str], without: frozenset[str] | set[str] = frozenset()
+) -> list[str]:
+    """Those tensors of a checkpoint that become part of what is in `model`, but for parameters `without`."""
     rules = get_model_conversion_mapping(model) or []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    held = model.state_dict()
+    held = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
 
     def wanted(name: str) -> bool:
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
@@ -94,15 +153,65 @@ def names_to_read(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return [name for name in sorted(names) if wanted(name)]
 
 
+class Pack(Protocol):
+    """What puts parameters into another form while they are read."""
+
+    def wants(self, name: str) -> bool: ...
+
+    def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
+class _PackWhileReading:
+    """Stands in the place of transformers' own quantizers, and of their operations.
+
+    For them its loader reads one tensor after another, and hands each over before it reads the next.
+    """
+
+    pre_quantized = False
+
+    def __init__(self, packing: Pack) -> None:
+        self._packing = packing
+        self._misfits: set[str] = set()
+
+    def param_needs_quantization(self, _: PreTrainedModel, name: str) -> bool:
+        # Of what it says are its own, the loader does not compare the shapes.
+        return self._packing.wants(name) and name not in self._misfits
+
+    def get_quantize_ops(self) -> _PackWhileReading:
+        return self
+
+    def convert(
+        self, tensors: dict[str, Anything], *, model: PreTrainedModel, **_: Anything
+    ) -> dict[str, Anything]:
+        return {name: self._converted(model, name, tensors.pop(name)) for name in list(tensors)}
+
+    def _converted(self, model: PreTrainedModel, name: str, found: Anything) -> torch.Tensor:
+        tensor: torch.Tensor = found[0] if isinstance(found, list) else found
+        if not self._packing.wants(name):
+            return tensor
+        if tensor.shape != model.get_parameter(name).shape:
+            self._misfits.add(name)
+            return tensor
+        return self._packing.pack(name, tensor)
+
+
 def fill(
-    model: PreTrainedModel, tensors: Mapping[str, Readable], dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    tensors: Mapping[str, Readable],
+    dtype: torch.dtype,
+    device: torch.device,
+    packing: Pack | None = None,
 ) -> None:
-    """Read tensors into a model, translated to the family's layout. Raises UnsupportedModel if any lacks."""
+    """Read tensors into a model, translated to the family's layout. Raises UnsupportedModel if any lacks.
+
+    `packing` gets the parameters that it wants one by one, and gives what becomes of them.
+    """
     plan = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         device_map={"": device},
         weight_mapping=cast(Any, get_model_conversion_mapping(model) or []),
+        hf_quantizer=cast(Any, _PackWhileReading(packing) if packing else None),
     )
     with _quiet():
         result, _ = convert_and_load_state_dict_in_model(model, cast(dict[str, Any], tensors), plan)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peer.model import family
+from peer.model import allocator, family
 from peer.model.anatomy import (
     Anatomy,
     Anything,
@@ -37,6 +37,9 @@ from peer.model.anatomy import (
 from peer.model.checkpoint import Checkpoint
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.kv_cache import KVCache
+from peer.model.packing import Packer
+from peer.model.quantization import Quantization
+from peer.model.quantized_cache import QuantizedCache
 from peer.model.source import Progress
 
 
@@ -86,10 +89,13 @@ class Span:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        quantization: Quantization | None = None,
+        quantized: QuantizedCache | None = None,
         progress: Progress | None = None,
     ) -> Span:
         """Read layers [start, end), and the ends when they touch them. Nothing else is read.
 
+        Weights are as exact as `dtype` unless a `quantization` packs them; `quantized` keeps such on disk.
         `progress` hears of the bytes fetched from the hub, if any, and then of the bytes read. Raises
         UnsupportedModel when the family cannot be cut into spans, before any weight is fetched.
         """
@@ -102,9 +108,8 @@ class Span:
         span = cls(model, start, end, dtype, torch.device(device))
         span._cut()
         read_before = checkpoint.bytes_read
-        names = family.names_to_read(model, checkpoint.tensor_names)
-        checkpoint.fetch(names, progress)
-        family.fill(model, read_later(checkpoint, names, progress), dtype, span.device)
+        with allocator.loading():
+            span._fill(checkpoint, quantization, quantized, progress)
         span.bytes_read = checkpoint.bytes_read - read_before
         span._token_bytes = span._try_out()
         return span
@@ -210,6 +215,33 @@ class Span:
         for index, layer in enumerate(layers):
             layer.forward = partial(self._gate, index, layer.forward)
 
+    def _fill(
+        self,
+        checkpoint: Checkpoint,
+        quantization: Quantization | None,
+        quantized: QuantizedCache | None,
+        progress: Progress | None,
+    ) -> None:
+        """Read what is left in the model, or take it from disk as it was packed before."""
+        model = self._model
+        packer = Packer(model, quantization, quantized) if quantization else None
+        if packer:
+            packer.restore()
+            self._drop_tied_embedding(packer)
+        names = family.names_to_read(model, checkpoint.tensor_names, packer.restored if packer else set())
+        checkpoint.fetch(names, progress)
+        # Mapped files count as memory once they are read: only tensors that are used as they lie stay so.
+        in_place = None if packer else self.dtype
+        family.fill(model, read_later(checkpoint, names, progress, in_place), self.dtype, self.device, packer)
+        if packer:
+            packer.pack_head()
+            self._drop_tied_embedding(packer)
+
+    def _drop_tied_embedding(self, packer: Packer) -> None:
+        """Away from layer 0 the embedding was there for the head alone."""
+        if self.start > 0 and packer.head_packed:
+            drop_weights(self._model.get_input_embeddings().modules())
+
     def _cut_ends(self, anatomy: Anatomy) -> None:
         model = self._model
         embedding = model.get_input_embeddings()
@@ -310,14 +342,22 @@ class Later:
         return self.read()[cast(Any, index)]
 
 
-def read_later(checkpoint: Checkpoint, names: list[str], progress: Progress | None) -> dict[str, Later]:
-    """The named tensors, each read on first use; `progress` hears of every one."""
+def read_later(
+    checkpoint: Checkpoint,
+    names: list[str],
+    progress: Progress | None,
+    in_place: torch.dtype | None,
+) -> dict[str, Later]:
+    """The named tensors, each read on first use; `progress` hears of every one.
+
+    Those stored in the dtype `in_place` stay in their files, mapped into memory; others are copied.
+    """
     total = sum(checkpoint.tensor(name).bytes for name in names)
     before = checkpoint.bytes_read
     telling = threading.Lock()
 
     def read(name: str) -> torch.Tensor:
-        tensor = checkpoint.read(name)
+        tensor = checkpoint.read(name, in_place=in_place)
         if progress is not None:
             with telling:
                 progress(checkpoint.bytes_read - before, total)

@@ -68,6 +68,8 @@ class ProcessSwarm:
         """Start a peer and wait until the client sees it serve."""
         command = _command("peer", "--relay", self.relay_url, "--model", str(self.model), "--name", name)
         command += ["--layers", layers, "--threads", str(self._threads), "--kv-memory", "1GB"]
+        # Exact weights: answers are compared with the unsplit model's, and times with its float32.
+        command += ["--quantize", "none"]
         child = await self._processes.start(name, [*command, *([] if self._direct else ["--relay-only"])])
         self.children[name] = child
         await self.until(lambda: name in self.serving())

@@ -30,10 +30,19 @@ READY_S = 30.0
 
 
 class Swarm:
-    """Names stand for peers; a peer is started with the layers [start, end) it serves."""
+    """Names stand for peers; a peer is started with the layers [start, end) it serves.
+
+    Weights are exact unless told otherwise, so that answers equal the unsplit model's token for token.
+    """
 
     def __init__(
-        self, model: Path, *, direct: bool = True, kv_bytes: int = 1 << 30, relay_count: int = 1
+        self,
+        model: Path,
+        *,
+        direct: bool = True,
+        kv_bytes: int = 1 << 30,
+        relay_count: int = 1,
+        quantize: str = "none",
     ) -> None:
         self.model = model
         self.relays = [Relay(RelaySettings(port=0)) for _ in range(relay_count)]
@@ -41,6 +50,7 @@ class Swarm:
         self.client: SwarmClient
         self._direct = direct
         self._kv_bytes = kv_bytes
+        self._quantize = quantize
         self._stack = AsyncExitStack()
         self._relay_stacks: list[AsyncExitStack] = []
         self._peer_stacks: dict[str, AsyncExitStack] = {}
@@ -95,6 +105,7 @@ class Swarm:
             name=name,
             kv_bytes=self._kv_bytes,
             threads=1,
+            quantize=self._quantize,
             direct=self._direct,
         )
         stack = AsyncExitStack()

@@ -52,6 +52,7 @@ def test_help_tells_every_flag() -> None:
         "--threads",
         "--device",
         "--dtype",
+        "--quantize",
         "--identity",
         "--relay-only",
         "--log-level",
@@ -86,6 +87,7 @@ FLAGS = {
     "--threads": "3",
     "--device": "cpu",
     "--dtype": "bfloat16",
+    "--quantize": "nf4",
 }
 READ = PeerSettings(
     relays=("http://relay.example:1",),
@@ -97,6 +99,7 @@ READ = PeerSettings(
     threads=3,
     device="cpu",
     dtype="bfloat16",
+    quantize="nf4",
     direct=False,
 )
 
@@ -153,6 +156,11 @@ def test_an_identity_file_is_made_once_and_kept(
         (["--kv-memory", "lots"], "'lots' is not a size"),
         (["--kv-memory", "9" * 400], "is not a size"),
         (["--dtype", "int8"], "--dtype int8 is unknown: write auto, float32, bfloat16 or float16"),
+        (
+            ["--quantize", "int3"],
+            "--quantize int3 is unknown: write auto, none, fp16, int8, int8-fast, int4 or nf4",
+        ),
+        (["--device", "cpu", "--quantize", "int8", "--dtype", "bfloat16"], "leave out --dtype bfloat16"),
         (["--device", "toaster"], "--device toaster is not on this machine"),
         (["--device", "cuda:99"], "--device cuda:99 is not on this machine"),
         (["--log-level", "loud"], "--log-level 'loud' is not a level"),
@@ -246,6 +254,7 @@ async def running(model: Path) -> AsyncIterator[Running]:
     async with Swarm(model) as swarm:
         process = await asyncio.create_subprocess_exec(
             *command("--relay", swarm.relay.url, "--model", str(model), "--name", "ann", "--threads", "1"),
+            *("--quantize", "none"),
             cwd=ROOT,
             env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
             stdout=asyncio.subprocess.PIPE,

@@ -47,6 +47,7 @@ def settings(swarm: Swarm, **changes: Any) -> PeerSettings:  # noqa: ANN401
         "model": str(swarm.model),
         "threads": 1,
         "kv_bytes": 1 << 30,
+        "quantize": "none",
     }
     return PeerSettings(**(fields | changes))
 
@@ -285,3 +286,28 @@ async def test_leaving_while_the_layers_load_reads_no_further_tensor_and_is_told
     await asyncio.get_running_loop().shutdown_default_executor()
     assert len(told) == 1
     await in_state(swarm, identity, "left")
+
+
+async def test_quantized_peers_tell_it_and_are_of_another_artefact(
+    swarm: Swarm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COROLLA_HOME", str(tmp_path))
+    identities = [Identity.generate() for _ in range(3)]
+    async with (
+        Peer(settings(swarm, quantize="none"), identities[0]),
+        Peer(settings(swarm, quantize="int8"), identities[1]),
+        Peer(settings(swarm, quantize="auto"), identities[2]),
+    ):
+        told = [await in_state(swarm, identity, "serving") for identity in identities]
+
+    assert [announcement.dtype for announcement in told] == ["float32", "float32/int8", "float32/fp16"]
+    assert len({announcement.artefact for announcement in told}) == 3
+    assert (tmp_path / "quantized" / told[1].artefact / "layer-0.safetensors").exists()
+
+
+async def test_a_swarm_answers_with_rounded_weights(llama: Path) -> None:
+    async with Swarm(llama, quantize="fp16") as swarm:
+        await swarm.start(ann=(0, 3), bob=(3, 6))
+        answer = tokens([event async for event in swarm.ask(PROMPT, new=8)])
+
+    assert len(answer) == 8

@@ -1,0 +1,114 @@
+"""Pack a span's weights while they are read, one after another, or take them from disk as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from peer.model import family
+from peer.model.quantization import Form, Quantization, pack_matrices
+from peer.model.quantized_cache import QuantizedCache, layer_of
+from peer.model.weights import PackedWeight, Weights
+
+
+class Packer:
+    """Packs the weights of one model that is being loaded. `cache` keeps them for the next time, if given.
+
+    Once: `restore`, then `pack` for what was not restored, then `pack_head`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, quantization: Quantization, cache: QuantizedCache | None = None
+    ) -> None:
+        self.restored: set[str] = set()
+        """Parameters that came from disk: nothing of the checkpoint need be read for them."""
+        self._model = model
+        self._quantization = quantization
+        self._cache = cache if quantization.cacheable else None
+        self._flipped = family.packable(model)
+        self._head = family.tied_head(model)
+        self._unsaved: dict[str, dict[str, PackedWeight]] = {}
+        family.compute_experts_one_by_one(model)
+
+    @property
+    def head_packed(self) -> bool:
+        """Whether the head shared the embedding's weights, and now has its own."""
+        if self._head is None or self._head not in self._flipped:
+            return False
+        return isinstance(self._model.get_parameter(self._head), PackedWeight)
+
+    def wants(self, name: str) -> bool:
+        """Whether this parameter is to be packed when it is read. The head follows once it is tied."""
+        return name in self._flipped and name not in self.restored and name != self._head
+
+    def pack(self, name: str, tensor: torch.Tensor) -> PackedWeight:
+        """The packed form of one parameter. A layer is saved when it is complete."""
+        flipped = self._flipped[name]
+        matrices = pack_matrices(self._form(name), tensor, flipped=flipped)
+        packed = PackedWeight.of(matrices, tensor.shape, tensor, flipped=flipped)
+        self._save_later(name, packed)
+        return packed
+
+    def pack_head(self) -> None:
+        """Give a head that shares the embedding's weights packed ones of its own."""
+        if self._head is None or self._head not in self._flipped or self._head in self.restored:
+            return
+        weight = self._model.get_parameter(self._head)
+        family.put(self._model, self._head, self.pack(self._head, weight.detach()))
+
+    def restore(self) -> None:
+        """Take the layers that are on disk as a whole, and put them into the model."""
+        if self._cache is None:
+            return
+        for layer in sorted({layer_of(name) for name in self._flipped}):
+            tensors = self._cache.load(layer)
+            found = {name: self._restored(name, tensors) for name in self._names(layer)}
+            whole = {name: packed for name, packed in found.items() if packed is not None}
+            if len(whole) < len(found):
+                continue
+            for name, packed in whole.items():
+                family.put(self._model, name, packed)
+                self.restored.add(name)
+        if self._head in self.restored:
+            self._model.all_tied_weights_keys = {}
+
+    def _restored(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight | None:
+        like = self._model.get_parameter(name)
+        form = self._form(name)
+        *_, outputs, inputs = like.transpose(-1, -2).shape if self._flipped[name] else like.shape
+        matrices: list[Weights] = []
+        for number in range(like.shape[0] if like.dim() == 3 else 1):
+            prefix = f"{name}#{number}#{form.name}#"
+            kept = {key.removeprefix(prefix): kept for key, kept in tensors.items() if key.startswith(prefix)}
+            if not kept or form.restore is None:
+                return None
+            matrices.append(form.restore(kept, outputs, inputs))
+        return PackedWeight.of(matrices, like.shape, like, flipped=self._flipped[name])
+
+    def _save_later(self, name: str, packed: PackedWeight) -> None:
+        if self._cache is None:
+            return
+        layer = layer_of(name)
+        unsaved = self._unsaved.setdefault(layer, {})
+        unsaved[name] = packed
+        if len(unsaved) == len(self._names(layer)):
+            self._cache.save(layer, self._tensors(self._unsaved.pop(layer)))
+
+    def _tensors(self, packed: Mapping[str, PackedWeight]) -> dict[str, torch.Tensor]:
+        tensors = {
+            f"{name}#{number}#{self._form(name).name}#{part}": tensor
+            for name, weight in packed.items()
+            for number, matrix in enumerate(weight.matrices)
+            for part, tensor in matrix.tensors().items()
+        }
+        # The large ones first, whose lengths keep each other aligned.
+        return dict(sorted(tensors.items(), key=lambda item: item[0].endswith("scales")))
+
+    def _names(self, layer: str) -> list[str]:
+        return [name for name in self._flipped if layer_of(name) == layer]
+
+    def _form(self, name: str) -> Form:
+        quantization = self._quantization
+        return quantization.head if layer_of(name) == "ends" else quantization.layers

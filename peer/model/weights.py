@@ -1,0 +1,191 @@
+"""The one interface behind which weights sit, and the tensor that stands for them in a family's own code.
+
+A family's layers say `linear(x, self.weight)`, `x @ self.weight.T`, `addmm(bias, x, self.weight)` or
+`self.gate_up_proj[expert]`. `PackedWeight` is a tensor without memory of its own that hears these calls and
+lets the packed weights answer them; so nn.Linear, transformers' Conv1D and fused experts stay as they are.
+Any operation that it does not know gets the dense numbers: slow, and right.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils import _pytree as trees
+
+
+class Weights(ABC):
+    """One matrix [outputs, inputs], in the form that is best for this machine."""
+
+    outputs: int
+    inputs: int
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [..., inputs] -> [..., outputs]. Has no gradient of its own; `multiply` gives it one."""
+
+    @abstractmethod
+    def dense(self) -> torch.Tensor:
+        """The numbers that `forward` multiplies with, [outputs, inputs], in memory taken anew each time."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What this form keeps in memory, by name; empty where that is hidden in a library."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+
+class _Product(torch.autograd.Function):
+    """Frozen weights: a gradient passes through them to `x`."""
+
+    @staticmethod
+    def forward(context: Any, x: torch.Tensor, weights: Weights) -> torch.Tensor:  # noqa: ANN401
+        context.weights = weights
+        return weights.forward(x)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
+        return gradients[0] @ context.weights.dense(), None
+
+
+def multiply(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """[..., inputs] -> [..., outputs], with a gradient for `x` where one is wanted."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: torch.Tensor = _Product.apply(x, weights)  # type: ignore[no-untyped-call]
+        return result
+    return weights.forward(x)
+
+
+class PackedWeight(torch.Tensor):
+    """Stands for a matrix, or for one matrix per expert, as a parameter of a family's module.
+
+    Its shape is [outputs, inputs] or [experts, outputs, inputs]; `flipped`, the last two change places.
+    """
+
+    matrices: Sequence[Weights]
+    flipped: bool
+
+    # What torch.nn takes for a parameter, since it is one and cannot inherit from the class.
+    _is_param = True
+
+    @classmethod
+    def of(
+        cls,
+        matrices: Sequence[Weights],
+        shape: Sequence[int],
+        like: torch.Tensor,
+        *,
+        flipped: bool = False,
+    ) -> Self:
+        """Packed matrices as a tensor of that shape; dtype, and device if it has one, are as `like`'s."""
+        device = torch.device("cpu") if like.is_meta else like.device
+        make: Callable[..., Self] = torch.Tensor._make_wrapper_subclass
+        packed = make(cls, tuple(shape), dtype=like.dtype, device=device)
+        packed.matrices = matrices
+        packed.flipped = flipped
+        return packed
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Memory that the weights take in their packed form."""
+        return sum(matrix.nbytes for matrix in self.matrices)
+
+    def dense(self) -> torch.Tensor:
+        """The numbers, in this tensor's shape and dtype."""
+        matrices = [matrix.dense().T if self.flipped else matrix.dense() for matrix in self.matrices]
+        return (torch.stack(matrices) if self.dim() == 3 else matrices[0]).to(self.dtype)
+
+    def __repr__(self, *_: object, **__: object) -> str:  # type: ignore[override]
+        return f"PackedWeight({list(self.shape)}, {type(self.matrices[0]).__name__})"
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the operation gives
+        if answer := _ANSWERS.get(func):
+            result = answer(*args, **(kwargs or {}))
+            if result is not None:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the operation gives
+        args, kwargs = trees.tree_map_only(PackedWeight, PackedWeight.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Answer:
+    if not isinstance(weight, PackedWeight) or weight.dim() != 2 or weight.flipped:
+        return None
+    result = multiply(x, weight.matrices[0])
+    return result if bias is None else result + bias
+
+
+def _matmul(x: torch.Tensor, weight: torch.Tensor) -> Answer:
+    if not isinstance(weight, PackedWeight) or not weight.flipped:
+        return None
+    if weight.dim() == 2:
+        return multiply(x, weight.matrices[0])
+    if x.dim() != 3:
+        return None
+    return torch.stack([multiply(rows, matrix) for rows, matrix in zip(x, weight.matrices, strict=True)])
+
+
+def _addmm(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, **scales: float) -> Answer:
+    product = _matmul(x, weight) if not scales else None
+    return product if product is None else product + bias
+
+
+def _pick(weight: PackedWeight, index: object) -> Answer:
+    if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
+        index = int(index)
+    if weight.dim() != 3 or type(index) is not int:
+        return None
+    one = weight.matrices[index]
+    return PackedWeight.of([one], weight.shape[1:], weight, flipped=weight.flipped)
+
+
+def _flip(weight: PackedWeight) -> Answer:
+    if weight.dim() != 2:
+        return None
+    return PackedWeight.of(weight.matrices, weight.shape[::-1], weight, flipped=not weight.flipped)
+
+
+def _itself(weight: PackedWeight) -> Answer:
+    return weight
+
+
+Answer = torch.Tensor | None
+"""What packed weights say to an operation; None when it is not one of theirs."""
+
+_ANSWERS: dict[Any, Callable[..., Answer]] = {
+    nn.functional.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.bmm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.addmm: _addmm,
+    torch.Tensor.__getitem__: _pick,
+    torch.Tensor.T.__get__: _flip,  # type: ignore[attr-defined]
+    torch.Tensor.t: _flip,
+    torch.Tensor.detach: _itself,
+    torch.Tensor.data.__get__: _itself,  # type: ignore[attr-defined]
+}
