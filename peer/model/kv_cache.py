@@ -72,7 +72,7 @@ class KVCache(Cache):
         self.capacity = capacity
         self.length = 0
         self._batch: int | None = None
-        self._windows = windows
+        self.windows = windows
         self._kept = {layer: LayerCache() for layer in range(start, end)}
         self._sliding = [window is not None for window in windows]
         self._never = [False] * len(windows)
@@ -136,7 +136,7 @@ class KVCache(Cache):
         return length + query_length - first, first
 
     def _first_shown(self, layer: int, length: int) -> int:
-        window = self._windows[layer]
+        window = self.windows[layer]
         return 0 if window is None else max(0, length - window + 1)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -164,4 +164,4 @@ class KVCache(Cache):
         return False
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.windows)

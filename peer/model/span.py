@@ -14,9 +14,11 @@ So one loaded structure serves any run of layers inside the span, and layers kee
 from __future__ import annotations
 
 import inspect
+import itertools
+import logging
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -36,8 +38,11 @@ from peer.model.anatomy import (
 )
 from peer.model.checkpoint import Checkpoint
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
+from peer.model.joint import Joining, JointCache, may_join
 from peer.model.kv_cache import KVCache
 from peer.model.source import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,7 +52,23 @@ class Visit:
     start: int = 0
     end: int = 0
     arrived: torch.Tensor | None = None
-    all_logits: bool = False
+    wanted: slice | list[int] = field(default_factory=lambda: slice(None))
+    """The positions whose logits are wanted, as an index of [count]."""
+    narrowed: bool = False
+    """The head computed only those."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One session's part of a forward pass: checked inputs [1, count, ...], and the cache they go to."""
+
+    inputs: torch.Tensor
+    cache: KVCache
+    wants_logits: bool = True
+
+    @property
+    def count(self) -> int:
+        return self.inputs.shape[1]
 
 
 class Span:
@@ -76,6 +97,7 @@ class Span:
         self._windows = family.attention_windows(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._token_bytes: list[int] = []
+        self._joining: Joining | None = None
 
     @classmethod
     def load(
@@ -107,7 +129,13 @@ class Span:
         family.fill(model, read_later(checkpoint, names, progress), dtype, span.device)
         span.bytes_read = checkpoint.bytes_read - read_before
         span._token_bytes = span._try_out()
+        span._try_joining()
         return span
+
+    @property
+    def joins_sessions(self) -> bool:
+        """True when one forward pass can serve several sessions; else they are computed one by one."""
+        return self._joining is not None
 
     @property
     def weights_bytes(self) -> int:
@@ -136,36 +164,98 @@ class Span:
         [batch, count, vocab] with `all_logits`.
         """
         inputs = self._checked(inputs, cache)
+        self._make_room(inputs, cache, position)
+        return self._alone(inputs, cache, slice(None) if all_logits else [-1])
+
+    def row(self, inputs: torch.Tensor, cache: KVCache, position: int, *, wants_logits: bool = True) -> Row:
+        """Check one session's inputs [1, count, ...] and truncate its cache to `position`.
+
+        For `forward_rows`, which comes next. Raises BadInputs or CacheFull: one session's mistake, which must
+        not become the others'.
+        """
+        inputs = self._checked(inputs, cache)
+        self._make_room(inputs, cache, position)
+        return Row(inputs, cache, wants_logits)
+
+    @torch.inference_mode()
+    def forward_rows(self, rows: Sequence[Row]) -> list[torch.Tensor | None]:
+        """Compute rows of several sessions, all through the same layers, in one pass if the family allows it.
+
+        Gives for each row hidden states [1, count, hidden]; or, where the model ends, float32 logits
+        [1, vocab] of its last position, None for a row that wants none.
+        """
+        if len(rows) > 1 and self._joining is not None:
+            return self._together(rows, self._joining)
+        return [self._one_row(row) for row in rows]
+
+    def _one_row(self, row: Row) -> torch.Tensor | None:
+        at_the_end = row.cache.end == self.layer_count
+        output = self._alone(row.inputs, row.cache, [-1] if row.wants_logits else [])
+        return None if at_the_end and not row.wants_logits else output
+
+    def _make_room(self, inputs: torch.Tensor, cache: KVCache, position: int) -> None:
         cache.truncate(position)
         batch, count = inputs.shape[:2]
         cache.check_room(batch, count)
         if self.context_length and position + count > self.context_length:
             raise CacheFull(f"{position + count} positions are more than this model's {self.context_length}")
-        with self._running:
-            arrived = None if cache.start == 0 else inputs
-            self._visit = Visit(cache.start, cache.end, arrived, all_logits)
-            result = self._run(inputs, cache)
-        cache.commit(batch, count)
-        return result
 
-    def _run(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def _alone(self, inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> torch.Tensor:
+        batch, count = inputs.shape[:2]
+        with self._running:
+            result = self._run(inputs, cache, cache, wanted)
+        cache.commit(batch, count)
+        # All logits [batch, count, vocab] when they were asked for, else those of one position.
+        return result[:, 0] if cache.end == self.layer_count and wanted == [-1] else result
+
+    def _together(self, rows: Sequence[Row], joining: Joining) -> list[torch.Tensor | None]:
+        inputs = torch.cat([row.inputs for row in rows], 1)
+        cache, counts = rows[0].cache, [row.count for row in rows]
+        if any((row.cache.start, row.cache.end) != (cache.start, cache.end) for row in rows):
+            raise ValueError("rows of one pass go through the same layers")
+        ends = list(itertools.accumulate(counts))
+        wanted = [end - 1 for end, row in zip(ends, rows, strict=True) if row.wants_logits]
+        joint = JointCache([row.cache for row in rows], counts)
+        with self._running, joining.through(joint):
+            result = self._run(inputs, cache, joint, wanted)
+        if (joint.written, joint.attended) != (cache.end - cache.start,) * 2:
+            raise UnsupportedModel("its attention cannot be computed for several sessions at once")
+        for row in rows:
+            row.cache.commit(1, row.count)
+        if cache.end < self.layer_count:
+            return list(torch.split(result, counts, 1))
+        logits = iter(result.unbind(1)) if wanted else iter(())
+        return [next(logits) if row.wants_logits else None for row in rows]
+
+    def _run(
+        self, inputs: torch.Tensor, layers: KVCache, cache: KVCache | JointCache, wanted: slice | list[int]
+    ) -> torch.Tensor:
+        """Hidden states, or float32 logits [batch, wanted, vocab] where the model ends."""
+        arrived = None if layers.start == 0 else inputs
+        self._visit = Visit(layers.start, layers.end, arrived, wanted)
         try:
-            if cache.start == 0:
+            if arrived is None:
                 logits = self._call(cache, input_ids=inputs)
             else:
                 # Only its shape counts: the gate brings the true ones, and CTRL changes these in place.
                 logits = self._call(cache, inputs_embeds=torch.zeros_like(inputs))
         except Reached as reached:
             return reached.hidden_states
-        return (logits if self._visit.all_logits else logits[:, -1]).float()
+        # A family without a head of its own could not be told before.
+        return (logits if self._visit.narrowed else logits[:, wanted]).float()
 
-    def _call(self, cache: KVCache, **inputs: torch.Tensor) -> torch.Tensor:
+    def _call(self, cache: KVCache | JointCache, **inputs: torch.Tensor) -> torch.Tensor:
         """The family's own forward pass, to logits. The inputs are [batch, count, ...]."""
         arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": True}
         if self._takes_positions:
             batch, count = next(iter(inputs.values())).shape[:2]
-            positions = torch.arange(cache.length, cache.length + count, device=self.device)
-            arguments["position_ids"] = positions.expand(batch, count)
+            parts = (
+                [(cache, count)]
+                if isinstance(cache, KVCache)
+                else zip(cache.caches, cache.counts, strict=True)
+            )
+            positions = [torch.arange(part.length, part.length + count) for part, count in parts]
+            arguments["position_ids"] = torch.cat(positions).to(self.device).expand(batch, -1)
         logits: torch.Tensor = self._model(**arguments).logits
         return logits
 
@@ -189,10 +279,14 @@ class Span:
         return output
 
     def _narrow(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Before the head: of a long prompt, only the last position's logits are wanted."""
-        if self._visit.all_logits or not args:
+        """Before the head: of a long prompt, only the last position's logits are wanted, or none at all."""
+        wanted = self._visit.wanted
+        if not args:
             return None
-        return (args[0][:, -1:], *args[1:])
+        if wanted == []:
+            raise Reached(args[0])
+        self._visit.narrowed = True
+        return (args[0][:, wanted], *args[1:])
 
     def _cut(self) -> None:
         """Take away what the span does not hold, and put the gates in."""
@@ -259,6 +353,45 @@ class Span:
             )
         return kept
 
+    def _try_joining(self) -> None:
+        """Find out whether one pass serves several sessions exactly, by two sessions and each of them alone.
+
+        A family whose attention does not go through the registered function, or whose masks or positions are
+        of another kind, gives other numbers here.
+        """
+        if not self._takes_positions or not may_join(self._model):
+            return
+        joining = Joining(self._model)
+        alone, together = self._trial_sessions(), self._trial_sessions()
+        expected = [self.forward(inputs, cache, cache.length) for inputs, cache in alone]
+        try:
+            rows = [self.row(inputs, cache, cache.length) for inputs, cache in together]
+            with torch.inference_mode():
+                outputs = self._together(rows, joining)
+        except Exception as error:
+            log.info("sessions are computed one by one: %s", first_line(error))
+            return
+        tolerance = max(1e-4, 4 * torch.finfo(self.dtype).eps)
+        pairs = zip(outputs, expected, strict=True)
+        if all(output is not None and _close(output, one, tolerance) for output, one in pairs):
+            self._joining = joining
+
+    def _trial_sessions(self) -> list[tuple[torch.Tensor, KVCache]]:
+        """Two sessions that hold three and five positions, and the next two and one of each."""
+        sessions = []
+        for seed, (held, count) in enumerate(((3, 2), (5, 1))):
+            inputs = self._random_inputs(held + count, seed)
+            cache = self.new_cache(self.start, self.end, held + count)
+            self.forward(inputs[:, :held], cache, 0)
+            sessions.append((inputs[:, held:], cache))
+        return sessions
+
+    def _random_inputs(self, count: int, seed: int) -> torch.Tensor:
+        numbers = torch.Generator().manual_seed(seed)
+        if self.start == 0:
+            return torch.randint(self.vocab_size, (1, count), generator=numbers)
+        return torch.randn(1, count, self.hidden_size, generator=numbers, dtype=self.dtype)
+
     def _trial_inputs(self) -> list[torch.Tensor]:
         """Two inputs of two positions each; they differ in the second position alone."""
         if self.start == 0:
@@ -291,6 +424,12 @@ class Span:
         if not 0 <= int(inputs.min()) <= int(inputs.max()) < self.vocab_size:
             raise BadInputs(f"a token id is outside of this model's vocabulary of {self.vocab_size}")
         return inputs.to(self.device, torch.int64)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Equal but for rounding: at each position, measured by the size of its own numbers."""
+    one, other = one.float(), other.float()
+    return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
 
 def drop_weights(parts: Iterable[nn.Module]) -> None:
