@@ -283,8 +283,9 @@ class Hop(Struct, frozen=True):
     start: Layer
     end: Layer
     waited_ms: Milliseconds
-    """From the arrival of the inputs to the start of the computation."""
+    """From the arrival of the inputs to the end of their computation, without `computed_ms`."""
     computed_ms: Milliseconds
+    """All the time of the forward passes that the inputs were in, other sessions' inputs included."""
     path: Path
     """What carried the inputs here."""
     link_ms: Milliseconds | None = None

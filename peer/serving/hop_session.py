@@ -19,8 +19,8 @@ import msgspec
 from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
-from peer.serving.compute import Computed, Draw, compute, row_bytes, wire_dtype
-from peer.serving.executor import DECODE, PREFILL, Executor
+from peer.serving.batcher import Batcher
+from peer.serving.compute import Computed, Draw, row_bytes, wire_dtype
 from peer.serving.input_log import InputLog
 from shared.channel import Channel, Priority
 from shared.errors import ConnectionLost, CorollaError
@@ -83,7 +83,7 @@ class Surroundings(Protocol):
 
     me: PeerId
     span: Span
-    executor: Executor
+    batcher: Batcher
 
     async def channel(self, peer: PeerId) -> Channel: ...
 
@@ -210,9 +210,7 @@ class HopSession:
         self._next_caught_up = False
         self._allowed = None
         if self._cache is None or moved or self.mine.fresh:
-            self._cache = await self._around.executor.run(
-                PREFILL, self._around.span.new_cache, self.mine.start, self.mine.end, opened.max_tokens
-            )
+            self._cache = self._around.span.new_cache(self.mine.start, self.mine.end, opened.max_tokens)
             self._log = InputLog(row_bytes(self._around.span))
         await self.tell(Opened(opened.session, opened.epoch, self.position))
 
@@ -236,15 +234,7 @@ class HopSession:
         if step.count > PREFILL_WINDOW:
             raise BadInputs(f"a step brings at most {PREFILL_WINDOW} positions, not {step.count}")
         draw = self._draw(step) if self._next() is None and step.sample else None
-        computed = await self._around.executor.run(
-            DECODE if step.count == 1 else PREFILL,
-            compute,
-            self._around.span,
-            self._cache,
-            step,
-            inputs.body,
-            draw,
-        )
+        computed = await self._around.batcher.compute(self._cache, step, inputs.body, draw)
         self._around.stepped(self.mine.end - self.mine.start, step.count, computed.computed_ms)
         if self._next() is not None:
             self._log.write(step.position, computed.body)
@@ -271,7 +261,7 @@ class HopSession:
             peer=self._around.me,
             start=self.mine.start,
             end=self.mine.end,
-            waited_ms=round(max(0.0, computed.started - inputs.arrived) * 1000, 3),
+            waited_ms=round(max(0.0, (computed.ended - inputs.arrived) * 1000 - computed.computed_ms), 3),
             computed_ms=round(computed.computed_ms, 3),
             path=inputs.path,
             link_ms=inputs.link_ms,

@@ -14,6 +14,7 @@ from typing import Literal, Self, assert_never
 import msgspec
 
 from peer.model.span import Span
+from peer.serving.batcher import Batcher
 from peer.serving.compute import row_bytes
 from peer.serving.executor import Executor
 from peer.serving.hop_session import Arrival, HopSession, Inputs
@@ -81,6 +82,7 @@ class Service:
         self.me = me
         self.span = span
         self.executor = Executor()
+        self.batcher = Batcher(span, self.executor)
         self.draining = False
         self.ms_per_layer: float | None = None
         """One decode step through one layer, smoothed over the last steps."""
@@ -100,6 +102,7 @@ class Service:
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.executor)
         await self._stack.enter_async_context(self._tasks)
+        self._tasks.start(self.batcher.run())
         self._tasks.start(self._sweep())
         self._stack.callback(self._end_all)
         return self

@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peer.serving.executor import DECODE
 from peer.serving.hop_session import INBOX_SIZE
 from peer.serving.service import MAX_REPLIES
 from shared.errors import ProtocolError
@@ -602,7 +601,7 @@ async def test_a_mistake_of_ours_ends_one_session_and_is_not_kept_quiet(
         ann = home.party("ann")
         await ann.opens(home.open())
         with monkeypatch.context() as broken:
-            broken.setattr("peer.serving.hop_session.compute", lambda *_: 1 / 0)
+            broken.setattr("peer.serving.compute.sample", lambda *_: 1 / 0)
             await ann.say(*PREFILL)
             failed = await ann.hear(Failed)
         assert "ZeroDivisionError" in caplog.text and "Zero" not in failed.message
@@ -653,7 +652,7 @@ async def test_a_session_that_is_sent_more_than_it_takes_ends_and_holds_up_nobod
     async with house() as home:
         ann = home.party("ann")
         await ann.opens(home.open())
-        busy = asyncio.create_task(home.service.executor.run(DECODE, hold))
+        busy = asyncio.create_task(home.service.executor.run(hold))
         await asyncio.wait_for(begun.wait(), SOON_S)
         try:
             # One is with the session's task, and the inbox is full; none of them is waited for.
