@@ -39,7 +39,7 @@ from peer.model.anatomy import (
 from peer.model.checkpoint import Checkpoint
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.joint import Joining, JointCache, may_join
-from peer.model.kv_cache import KVCache
+from peer.model.kv_cache import Buffer, Int8Buffer, KVCache
 from peer.model.source import Progress
 
 log = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class Span:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._token_bytes: list[int] = []
         self._joining: Joining | None = None
+        self._buffer: type[Buffer] = Buffer
 
     @classmethod
     def load(
@@ -108,10 +109,12 @@ class Span:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        int8_kv: bool = False,
         progress: Progress | None = None,
     ) -> Span:
         """Read layers [start, end), and the ends when they touch them. Nothing else is read.
 
+        With `int8_kv` sessions keep their keys and values in eight bits.
         `progress` hears of the bytes fetched from the hub, if any, and then of the bytes read. Raises
         UnsupportedModel when the family cannot be cut into spans, before any weight is fetched.
         """
@@ -122,6 +125,7 @@ class Span:
         model = family.skeleton(checkpoint.config, dtype)
         family.check_rollback(checkpoint.config, model)
         span = cls(model, start, end, dtype, torch.device(device))
+        span._buffer = Int8Buffer if int8_kv else Buffer
         span._cut()
         read_before = checkpoint.bytes_read
         names = family.names_to_read(model, checkpoint.tensor_names)
@@ -150,7 +154,7 @@ class Span:
     def new_cache(self, start: int, end: int, capacity: int) -> KVCache:
         """A cache for a session on layers [start, end) of this span. Memory is taken as positions come."""
         self._check_range(start, end)
-        return KVCache(start, end, capacity, self._windows)
+        return KVCache(start, end, capacity, self._windows, buffer=self._buffer)
 
     @torch.inference_mode()
     def forward(

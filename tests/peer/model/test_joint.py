@@ -148,3 +148,29 @@ def test_rows_of_different_layers_are_no_pass(llama: Span) -> None:
 def test_positions_that_follow_the_longest_session_are_computed_one_by_one(kind: str) -> None:
     model = tiny(f"llama-{kind}")
     assert not any(span.joins_sessions for span in model.spans)
+
+
+# ---------------------------------------------------------------- eight bits
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_eight_bit_caches_give_the_same_alone_and_together_and_nearly_what_the_model_gives(
+    family: str,
+) -> None:
+    model = tiny(family)
+    held = Span.load(model.checkpoint, 0, LAYERS, int8_kv=True)
+    texts = [random_tokens(1, 20) for _ in range(3)]
+    alone = [held.new_cache(0, LAYERS, CAPACITY) for _ in texts]
+    company = [[held.new_cache(0, LAYERS, CAPACITY)] for _ in texts]
+    for text, cache in zip(texts, alone, strict=True):
+        held.forward(text[:, :17], cache, 0)
+    together([held], company, [text[:, :17] for text in texts], [0] * 3)
+
+    for position in (17, 18, 19):
+        inputs = [text[:, position : position + 1] for text in texts]
+        joined = together([held], company, inputs, [position] * 3)
+        for text, cache, one, mine in zip(texts, alone, inputs, joined, strict=True):
+            assert mine is not None
+            expected = model.expected(text[:, : position + 1])[:, -1]
+            assert (held.forward(one, cache, position) - expected).norm() < 0.03 * expected.norm()
+            assert (mine - expected).norm() < 0.03 * expected.norm()

@@ -19,6 +19,7 @@ from peer.model.span import Span
 from peer.serving.batcher import MOST_SINGLES, SMALLEST_PIECE, TARGET_MS, Batcher, Pace, choose
 from peer.serving.compute import Draw, Work
 from peer.serving.executor import Executor
+from peer.settings import DEMO_MODEL
 from shared.background import Background
 from shared.errors import CorollaError
 from shared.protocol import PREFILL_CHUNK, Close, Sampling, Token
@@ -84,14 +85,19 @@ def random_prompt(seed: int, count: int) -> list[int]:
     return [numbers.randrange(VOCABULARY) for _ in range(count)]
 
 
-def equal_but_for_near_ties(prompt: Sequence[int], got: Sequence[int], whole: Any) -> bool:  # noqa: ANN401
+def equal_but_for_near_ties(
+    prompt: Sequence[int],
+    got: Sequence[int],
+    whole: Any,  # noqa: ANN401
+    tie: float = NEAR_TIE,
+) -> bool:
     """True when `got` is the greedy answer of the whole model, up to a place where its two best are a tie."""
     text = list(prompt)
     for token in got:
         with torch.inference_mode():
             logits = whole(input_ids=torch.tensor([text])).logits[0, -1]
         if token != int(logits.argmax()):
-            return float(logits.max() - logits[token]) < NEAR_TIE
+            return float(logits.max() - logits[token]) < tie
         text.append(token)
     return True
 
@@ -316,3 +322,21 @@ async def test_an_error_in_the_middle_of_a_step_leaves_the_session_as_it_was_tol
         asked = step(0, 60, sample=True)
         computed = await batcher.compute(cache, asked, ids_body(prompt), GREEDY)
     assert [computed.token] == expected_tokens(tuple(prompt), 1)
+
+
+# ---------------------------------------------------------------- eight bits
+
+
+async def test_eight_bit_caches_change_a_token_only_where_two_are_a_near_tie() -> None:
+    """On the trained demo model, whose logits lie between -10 and 10; eight bits move one by less than 0.1."""
+    held = Span.load(open_checkpoint(DEMO_MODEL), 0, 6, int8_kv=True)
+    whole: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    whole.eval()
+    prompts = [list(range(300 + 40 * seed, 330 + 43 * seed)) for seed in range(6)]
+
+    async with batching(held) as batcher:
+        answers = await asyncio.gather(*(answer(batcher, prompt, 24) for prompt in prompts))
+
+    assert sum(map(len, answers)) == 6 * 24
+    for prompt, got in zip(prompts, answers, strict=True):
+        assert equal_but_for_near_ties(prompt, got, whole, tie=0.2)
