@@ -76,6 +76,8 @@ class Batcher:
     def __init__(self, span: Span, executor: Executor) -> None:
         self.passes = 0
         """Forward passes so far."""
+        self.positions = 0
+        """Positions that they computed, of all sessions."""
         self.pace = Pace()
         self._span = span
         self._executor = executor
@@ -110,16 +112,23 @@ class Batcher:
                 # A session whose token is drawn here comes back at once with its next step. Without this turn
                 # of the loop it would just miss the next pass, and two groups would take turns for ever.
                 await asyncio.sleep(0)
-                self._forget_cancelled()
 
     def _forget_cancelled(self) -> None:
-        self._ready = deque(work for work in self._ready if work in self._waiting)
+        self._ready = deque(
+            work for work in self._ready if work in self._waiting and not self._waiting[work].done()
+        )
 
     async def _pass(self) -> None:
+        # Whose session is over must not be in a pass: its cache may be another's by now.
+        self._forget_cancelled()
         shares = choose(self._ready, self.pace.piece)
+        if not shares:
+            return
         took_ms = await self._executor.run(compute_pass, self._span, shares)
+        positions = sum(count for _, count in shares)
         self.passes += 1
-        self.pace.took(sum(count for _, count in shares), took_ms)
+        self.positions += positions
+        self.pace.took(positions, took_ms)
         for work, _ in shares:
             self._ready.remove(work)
             if work.left:

@@ -17,8 +17,9 @@ from peer.model.span import Span
 from peer.serving.batcher import Batcher
 from peer.serving.compute import row_bytes
 from peer.serving.executor import Executor
-from peer.serving.hop_session import Arrival, HopSession, Inputs
+from peer.serving.hop_session import Admission, Arrival, HopSession, Inputs, scope
 from peer.serving.kv_budget import KvBudget
+from peer.serving.prefixes import Beginning, Prefixes
 from shared.background import Background
 from shared.channel import Channel, Priority
 from shared.errors import Busy, ConnectionLost, ProtocolError
@@ -83,6 +84,7 @@ class Service:
         self.span = span
         self.executor = Executor()
         self.batcher = Batcher(span, self.executor)
+        self.prefixes = Prefixes()
         self.draining = False
         self.ms_per_layer: float | None = None
         """One decode step through one layer, smoothed over the last steps."""
@@ -169,9 +171,9 @@ class Service:
             case Renew(sessions=sessions):
                 for session in sessions:
                     self._from_asker(channel, session)
-            case Close(session=session):
+            case Close(session=session, pages=pages):
                 if self._from_asker(channel, session):
-                    self._end(session)
+                    self._end(session, pages)
             case Lost(session=session):
                 # A later hop does not know the session; only the asker can mend that.
                 admitted = self._admitted.get(session)
@@ -241,7 +243,7 @@ class Service:
         admitted.session.renew(opened.epoch)
         admitted.source = PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
         admitted.deadline = time.monotonic() + self._lease_s
-        admitted.session.put(opened)
+        admitted.session.put(Admission(opened, self._beginning(channel, opened)))
 
     def _refusal(self, channel: Channel, opened: Open) -> Decline | None:
         admitted = self._admitted.get(opened.session)
@@ -287,6 +289,12 @@ class Service:
             return _decline(opened, "busy", str(busy), busy.retry_after_s)
         return None
 
+    def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:
+        """What an earlier session left for this one; others are freed where reservations want the memory."""
+        mine = opened.route[opened.index]
+        pages = opened.pages if mine.fresh else []
+        return self.prefixes.begin(scope(channel.peer, opened), pages, self._budget.free_bytes)
+
     def _bytes_per_token(self, start: int, end: int) -> int:
         """KV cache, and the input log where there is a next hop."""
         log_bytes = row_bytes(self.span) if end < self.span.layer_count else 0
@@ -311,11 +319,14 @@ class Service:
 
     # ------------------------------------------------------------ endings
 
-    def _end(self, session: str) -> None:
+    def _end(self, session: str, pages: Sequence[str] = ()) -> None:
         admitted = self._admitted.pop(session)
         admitted.task.cancel()
+        left = admitted.session.leave(admitted.session.asker.peer, pages)
         admitted.session.end()
         self._budget.release(session)
+        if left is not None:
+            self.prefixes.keep(left, self._budget.free_bytes)
         if not self._admitted:
             self._empty.set()
 

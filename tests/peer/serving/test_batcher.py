@@ -328,7 +328,7 @@ async def test_an_error_in_the_middle_of_a_step_leaves_the_session_as_it_was_tol
 
 
 async def test_eight_bit_caches_change_a_token_only_where_two_are_a_near_tie() -> None:
-    """On the trained demo model, whose logits lie between -10 and 10; eight bits move one by less than 0.1."""
+    """The logits of the demo model lie between -10 and 10: eight bits move one by less than 0.1."""
     held = Span.load(open_checkpoint(DEMO_MODEL), 0, 6, int8_kv=True)
     whole: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     whole.eval()
