@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from peer.allocator import keep_big_temporaries
 from peer.lifecycle import Peer
 from peer.settings import DEMO_MODEL, PeerSettings
 from shared.errors import SettingsError
@@ -62,7 +63,7 @@ def peer(
     threads: Annotated[
         int | None,
         typer.Option(
-            envvar="COROLLA_THREADS", min=1, help="Cores to compute with.", show_default="all but one"
+            envvar="COROLLA_THREADS", min=1, help="Cores to compute with.", show_default="as many as are best"
         ),
     ] = None,
     device: Annotated[
@@ -72,6 +73,13 @@ def peer(
         str,
         typer.Option(
             envvar="COROLLA_DTYPE", help="auto, float32, bfloat16 or float16; alike on all peers of a model."
+        ),
+    ] = "auto",
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="COROLLA_KV_DTYPE",
+            help="auto, or int8: chats of twice to four times the length in the same memory, less exactly.",
         ),
     ] = "auto",
     identity: Annotated[
@@ -95,6 +103,8 @@ def peer(
     configure_logs(log_level)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise SettingsError(f"--dtype {dtype} is unknown: write auto, float32, bfloat16 or float16")
+    if kv_dtype not in ("auto", "int8"):
+        raise SettingsError(f"--kv-dtype {kv_dtype} is unknown: write auto or int8")
     settings = PeerSettings(
         relays=relay_urls(relay),
         model=model,
@@ -105,6 +115,7 @@ def peer(
         threads=threads,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]  # checked above
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked above
         direct=not relay_only,
     )
     key = Identity.load(identity) if identity is not None else Identity.generate()
@@ -113,6 +124,7 @@ def peer(
 
 
 async def _run(settings: PeerSettings, key: Identity) -> None:
+    keep_big_temporaries()
     console = Console()
     leaving = _Leaving()
     bar = _loading_bar(console)

@@ -54,6 +54,11 @@ class JointCache(Cache):
         self._shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
+    def positions(self, _: int) -> torch.Tensor:
+        """The next positions of all sessions, one session after another."""
+        parts = zip(self.caches, self.counts, strict=True)
+        return torch.cat([cache.positions(count) for cache, count in parts])
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:

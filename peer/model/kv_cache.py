@@ -159,6 +159,10 @@ class KVCache(Cache):
         """Memory allocated so far for one layer, counted from 0 in the whole model."""
         return self._kept[layer].bytes
 
+    def positions(self, count: int) -> torch.Tensor:
+        """The next `count` positions, [count]."""
+        return torch.arange(self.length, self.length + count)
+
     def truncate(self, position: int) -> None:
         """Forget everything from `position` on."""
         if not 0 <= position <= self.length:

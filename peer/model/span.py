@@ -192,6 +192,16 @@ class Span:
             return self._together(rows, self._joining)
         return [self._one_row(row) for row in rows]
 
+    def differentiable(self, hidden_states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Layers [start, end) without a cache, such that the gradient flows back to `hidden_states`.
+
+        Hidden states [batch, count, hidden] in and out; where the model ends, float32 logits
+        [batch, count, vocab]. The weights get no gradient. Layer 0 takes what the embedding gives.
+        """
+        self._check_range(start, end)
+        with self._running, torch.enable_grad():
+            return self._run(hidden_states, Visit(start, end, hidden_states), None)
+
     def _one_row(self, row: Row) -> torch.Tensor | None:
         at_the_end = row.cache.end == self.layer_count
         output = self._alone(row.inputs, row.cache, [-1] if row.wants_logits else [])
@@ -207,7 +217,7 @@ class Span:
     def _alone(self, inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> torch.Tensor:
         batch, count = inputs.shape[:2]
         with self._running:
-            result = self._run(inputs, cache, cache, wanted)
+            result = self._run(inputs, _visit(inputs, cache, wanted), cache)
         cache.commit(batch, count)
         # All logits [batch, count, vocab] when they were asked for, else those of one position.
         return result[:, 0] if cache.end == self.layer_count and wanted == [-1] else result
@@ -221,7 +231,7 @@ class Span:
         wanted = [end - 1 for end, row in zip(ends, rows, strict=True) if row.wants_logits]
         joint = JointCache([row.cache for row in rows], counts)
         with self._running, joining.through(joint):
-            result = self._run(inputs, cache, joint, wanted)
+            result = self._run(inputs, _visit(inputs, cache, wanted), joint)
         if (joint.written, joint.attended) != (cache.end - cache.start,) * 2:
             raise UnsupportedModel("its attention cannot be computed for several sessions at once")
         for row in rows:
@@ -231,14 +241,11 @@ class Span:
         logits = iter(result.unbind(1)) if wanted else iter(())
         return [next(logits) if row.wants_logits else None for row in rows]
 
-    def _run(
-        self, inputs: torch.Tensor, layers: KVCache, cache: KVCache | JointCache, wanted: slice | list[int]
-    ) -> torch.Tensor:
+    def _run(self, inputs: torch.Tensor, visit: Visit, cache: KVCache | JointCache | None) -> torch.Tensor:
         """Hidden states, or float32 logits [batch, wanted, vocab] where the model ends."""
-        arrived = None if layers.start == 0 else inputs
-        self._visit = Visit(layers.start, layers.end, arrived, wanted)
+        self._visit = visit
         try:
-            if arrived is None:
+            if visit.arrived is None:
                 logits = self._call(cache, input_ids=inputs)
             else:
                 # Only its shape counts: the gate brings the true ones, and CTRL changes these in place.
@@ -246,20 +253,15 @@ class Span:
         except Reached as reached:
             return reached.hidden_states
         # A family without a head of its own could not be told before.
-        return (logits if self._visit.narrowed else logits[:, wanted]).float()
+        return (logits if visit.narrowed else logits[:, visit.wanted]).float()
 
-    def _call(self, cache: KVCache | JointCache, **inputs: torch.Tensor) -> torch.Tensor:
+    def _call(self, cache: KVCache | JointCache | None, **inputs: torch.Tensor) -> torch.Tensor:
         """The family's own forward pass, to logits. The inputs are [batch, count, ...]."""
-        arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": True}
+        arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": cache is not None}
         if self._takes_positions:
             batch, count = next(iter(inputs.values())).shape[:2]
-            parts = (
-                [(cache, count)]
-                if isinstance(cache, KVCache)
-                else zip(cache.caches, cache.counts, strict=True)
-            )
-            positions = [torch.arange(part.length, part.length + count) for part, count in parts]
-            arguments["position_ids"] = torch.cat(positions).to(self.device).expand(batch, -1)
+            positions = cache.positions(count) if cache is not None else torch.arange(count)
+            arguments["position_ids"] = self._moved(positions, torch.int64).expand(batch, -1)
         logits: torch.Tensor = self._model(**arguments).logits
         return logits
 
@@ -384,13 +386,14 @@ class Span:
         """Two sessions that hold three and five positions, and the next two and one of each."""
         sessions = []
         for seed, (held, count) in enumerate(((3, 2), (5, 1))):
-            inputs = self._random_inputs(held + count, seed)
+            inputs = self.trial_inputs(held + count, seed)
             cache = self.new_cache(self.start, self.end, held + count)
             self.forward(inputs[:, :held], cache, 0)
             sessions.append((inputs[:, held:], cache))
         return sessions
 
-    def _random_inputs(self, count: int, seed: int) -> torch.Tensor:
+    def trial_inputs(self, count: int, seed: int = 0) -> torch.Tensor:
+        """Random inputs [1, count] or [1, count, hidden], to try this span out."""
         numbers = torch.Generator().manual_seed(seed)
         if self.start == 0:
             return torch.randint(self.vocab_size, (1, count), generator=numbers)
@@ -419,7 +422,7 @@ class Span:
                     f"layer {cache.start} takes hidden states [batch, count, {self.hidden_size}], "
                     f"not {inputs.dtype} {list(inputs.shape)}"
                 )
-            return inputs.to(self.device, self.dtype)
+            return self._moved(inputs, self.dtype)
         if inputs.dim() != 2 or inputs.is_floating_point():
             raise BadInputs(
                 f"layer 0 takes token ids [batch, count], not {inputs.dtype} {list(inputs.shape)}"
@@ -427,7 +430,20 @@ class Span:
         # A token outside the embedding would stop a GPU for good.
         if not 0 <= int(inputs.min()) <= int(inputs.max()) < self.vocab_size:
             raise BadInputs(f"a token id is outside of this model's vocabulary of {self.vocab_size}")
-        return inputs.to(self.device, torch.int64)
+        return self._moved(inputs, torch.int64)
+
+    def _moved(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """On the span's device. From pinned memory a GPU copies beside what it still computes."""
+        if self.device.type != "cuda":
+            return values.to(self.device, dtype)
+        if values.device.type == "cpu":
+            values = values.pin_memory()
+        return values.to(self.device, dtype, non_blocking=True)
+
+
+def _visit(inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> Visit:
+    """Through the layers of a cache."""
+    return Visit(cache.start, cache.end, None if cache.start == 0 else inputs, wanted)
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

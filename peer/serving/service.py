@@ -281,12 +281,13 @@ class Service:
 
     def _reserve(self, opened: Open) -> Decline | None:
         mine = opened.route[opened.index]
+        token_bytes = self._bytes_per_token(mine.start, mine.end)
         try:
-            self._budget.reserve(
-                opened.session, opened.max_tokens * self._bytes_per_token(mine.start, mine.end)
-            )
+            self._budget.reserve(opened.session, opened.max_tokens * token_bytes)
         except Busy as busy:
-            return _decline(opened, "busy", str(busy), busy.retry_after_s)
+            fitting = self._budget.free_bytes // token_bytes
+            message = f"{busy}: {fitting} tokens would fit, not {opened.max_tokens}"
+            return _decline(opened, "busy", message, busy.retry_after_s)
         return None
 
     def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:

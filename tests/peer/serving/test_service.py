@@ -273,6 +273,7 @@ async def test_a_session_has_the_whole_memory_that_it_may_need_or_none() -> None
     async with house(kv_bytes=100 * LAYERS * LAYER_BYTES) as home:
         assert home.service.kv_tokens_free == 100
         busy = await declined(home, home.open(max_tokens=101), "busy", "0.2 MB of KV memory")
+        assert busy.message.endswith("100 tokens would fit, not 101")
         assert busy.retry_after_s > 0
 
         ann = home.party("ann")
