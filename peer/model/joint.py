@@ -37,10 +37,12 @@ COUPLED_POSITIONS = {"dynamic", "longrope"}
 class JointCache(Cache):
     """The caches of several sessions, for one forward pass of `counts` new positions of each.
 
-    The family sees one sequence of all new positions and a cache that holds nothing before them.
+    The family sees one sequence of all new positions, and a cache that holds nothing before. With `gathers`
+    it is given what all sessions keep, one behind the other: some families make keys and values of that after
+    the cache (DeepSeek's latents). For all others it would be a copy of every cache in every layer.
     """
 
-    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int]) -> None:
+    def __init__(self, caches: Sequence[KVCache], counts: Sequence[int], *, gathers: bool = False) -> None:
         super().__init__(layers=[])
         self.caches = caches
         self.counts = list(counts)
@@ -48,7 +50,7 @@ class JointCache(Cache):
         """Layers that have kept their keys and values in this pass."""
         self.attended = 0
         """Layers whose attention was computed here."""
-        self._total = sum(counts)
+        self._gathers = gathers
         self._windows = caches[0].windows
         self._window: int | None = None
         self._shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
@@ -74,18 +76,28 @@ class JointCache(Cache):
         ]
         self._window = self._windows[layer_idx]
         self.written += 1
-        return key_states, value_states
+        if not self._gathers:
+            return key_states, value_states
+        keys, values = zip(*self._shown, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
 
     def attend(
         self,
         module: nn.Module,
         query: torch.Tensor,
+        made: tuple[torch.Tensor, torch.Tensor],
         scaling: float | None,
         eager: Any,  # noqa: ANN401 - a family's own function
         extras: dict[str, Any],
     ) -> torch.Tensor:
-        """Queries [1, heads, total, width] against what the last layer kept: [1, total, heads, width]."""
+        """Queries [1, heads, total, width] against what the last layer kept: [1, total, heads, width].
+
+        `made` are the keys and values that the family made of what it was given.
+        """
         self.attended += 1
+        if self._gathers:
+            lengths = [keys.shape[2] for keys, _ in self._shown]
+            self._shown = list(zip(*(torch.split(part, lengths, 2) for part in made), strict=True))
         outputs = []
         for queries, (keys, values) in zip(torch.split(query, self.counts, 2), self._shown, strict=True):
             count, shown = queries.shape[2], keys.shape[2]
@@ -170,10 +182,15 @@ def _grouped_attention(
 class Joining:
     """Lets a model's forward pass serve several sessions: attention goes through `JointCache.attend`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, gathers: bool) -> None:
+        self._gathers = gathers
         configs: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
         self._configs: list[PretrainedConfig] = list({id(config): config for config in configs}.values())
         self._usual = [config._attn_implementation for config in self._configs]
+
+    def cache(self, caches: Sequence[KVCache], counts: Sequence[int]) -> JointCache:
+        """The caches of several sessions as this model needs them."""
+        return JointCache(caches, counts, gathers=self._gathers)
 
     @contextmanager
     def through(self, cache: JointCache) -> Iterator[None]:
@@ -222,7 +239,7 @@ def _attend(
         raise NotImplementedError("attention with a position bias is not computed for several sessions")
     cache: JointCache = _RUNNING.cache
     eager = sys.modules[type(module).__module__].eager_attention_forward if _RUNNING.eager else None
-    return cache.attend(module, query, scaling, eager, extras), None
+    return cache.attend(module, query, (key, value), scaling, eager, extras), None
 
 
 _register: Any = AttentionInterface.register

@@ -229,7 +229,7 @@ class Span:
             raise ValueError("rows of one pass go through the same layers")
         ends = list(itertools.accumulate(counts))
         wanted = [end - 1 for end, row in zip(ends, rows, strict=True) if row.wants_logits]
-        joint = JointCache([row.cache for row in rows], counts)
+        joint = joining.cache([row.cache for row in rows], counts)
         with self._running, joining.through(joint):
             result = self._run(inputs, _visit(inputs, cache, wanted), joint)
         if (joint.written, joint.attended) != (cache.end - cache.start,) * 2:
@@ -367,20 +367,24 @@ class Span:
         """
         if not self._takes_positions or not may_join(self._model):
             return
-        joining = Joining(self._model)
-        alone, together = self._trial_sessions(), self._trial_sessions()
-        expected = [self.forward(inputs, cache, cache.length) for inputs, cache in alone]
+        expected = [self.forward(inputs, cache, cache.length) for inputs, cache in self._trial_sessions()]
+        for gathers in (False, True):
+            joining = Joining(self._model, gathers=gathers)
+            if self._joins_exactly(joining, expected):
+                self._joining = joining
+                return
+
+    def _joins_exactly(self, joining: Joining, expected: Sequence[torch.Tensor]) -> bool:
         try:
-            rows = [self.row(inputs, cache, cache.length) for inputs, cache in together]
+            rows = [self.row(inputs, cache, cache.length) for inputs, cache in self._trial_sessions()]
             with torch.inference_mode():
                 outputs = self._together(rows, joining)
         except Exception as error:
-            log.info("sessions are computed one by one: %s", first_line(error))
-            return
+            log.debug("sessions cannot be computed together: %s", first_line(error))
+            return False
         tolerance = max(1e-4, 4 * torch.finfo(self.dtype).eps)
         pairs = zip(outputs, expected, strict=True)
-        if all(output is not None and _close(output, one, tolerance) for output, one in pairs):
-            self._joining = joining
+        return all(output is not None and _close(output, one, tolerance) for output, one in pairs)
 
     def _trial_sessions(self) -> list[tuple[torch.Tensor, KVCache]]:
         """Two sessions that hold three and five positions, and the next two and one of each."""

@@ -21,8 +21,6 @@ PIECES = (6, 1, 1, 9, 1)
 ONE_BY_ONE = {
     "bloom",
     "codegen",
-    "deepseek-v2",
-    "deepseek-v3",
     "diffllama",
     "falcon-40b",
     "falcon-7b",
