@@ -9,8 +9,9 @@ advance with every pass, and hold up a token by no more than a piece takes.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
@@ -22,6 +23,10 @@ TARGET_MS = 150.0
 """A pass with a piece of a prompt should take about this long: it is what the tokens of others wait."""
 SMALLEST_PIECE = 16
 """However slow a machine is: 16 positions reach nine tenths of the speed of packed weights, 4 only half."""
+ALONE_S = 1.0
+ALONE_TIMES = 4
+"""When no second session was here for so long, pieces may be so many times longer: float32 weights reach half
+of their speed with 16 positions. Whoever comes next waits for one such piece, once."""
 MOST_SINGLES = 64
 """Sessions that give one position each to a pass. More take turns, in the order in which they came."""
 
@@ -52,19 +57,33 @@ def choose(ready: Iterable[Work], piece: int) -> list[Share]:
 
 
 class Pace:
-    """How long a piece may be, from what passes took."""
+    """How long a piece may be, from what passes took and from whether it would hold up anyone."""
 
-    def __init__(self) -> None:
-        self.piece = SMALLEST_PIECE
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._fitting = SMALLEST_PIECE
+        self._session: KVCache | None = None
+        self._company_at = clock()
 
-    def took(self, positions: int, pass_ms: float) -> None:
-        """A pass of so many positions took so long."""
-        if 2 * positions < self.piece:
+    @property
+    def piece(self) -> int:
+        """Positions of the next pass that may be of longer steps."""
+        alone = self._clock() - self._company_at > ALONE_S
+        return min(PREFILL_CHUNK, self._fitting * (ALONE_TIMES if alone else 1))
+
+    def took(self, shares: Sequence[Share], pass_ms: float) -> None:
+        """A pass computed these and took so long."""
+        for work, _ in shares:
+            if work.cache is not self._session:
+                self._session = work.cache
+                self._company_at = self._clock()
+        positions = sum(count for _, count in shares)
+        if 2 * positions < self._fitting:
             return  # too short to tell
         fitting = positions * TARGET_MS / max(pass_ms, 0.001)
         # Half way each time, so that one pass on a busy machine does not decide alone.
-        wanted = round((self.piece + fitting) / 2)
-        self.piece = min(PREFILL_CHUNK, max(SMALLEST_PIECE, wanted))
+        wanted = round((self._fitting + fitting) / 2)
+        self._fitting = min(PREFILL_CHUNK, max(SMALLEST_PIECE, wanted))
 
 
 class Batcher:
@@ -128,7 +147,7 @@ class Batcher:
         positions = sum(count for _, count in shares)
         self.passes += 1
         self.positions += positions
-        self.pace.took(positions, took_ms)
+        self.pace.took(shares, took_ms)
         for work, _ in shares:
             self._ready.remove(work)
             if work.left:

@@ -47,10 +47,11 @@ class Steady(Pace):
 
     def __init__(self, piece: int) -> None:
         super().__init__()
-        self.piece = piece
+        self._always = piece
 
-    def took(self, positions: int, pass_ms: float) -> None:
-        pass
+    @property
+    def piece(self) -> int:
+        return self._always
 
 
 @asynccontextmanager
@@ -247,23 +248,51 @@ def test_a_pass_leads_through_the_layers_of_the_first_that_came() -> None:
 # ---------------------------------------------------------------- pieces
 
 
+class Paced:
+    """A pace on a machine of known speed, with a clock that the passes move."""
+
+    def __init__(self, ms_per_position: float) -> None:
+        self.now = 0.0
+        self.pace = Pace(lambda: self.now)
+        self._ms_per_position = ms_per_position
+        self._sessions = [KVCache(0, 1, 10, [None]) for _ in range(2)]
+
+    def passes(self, number: int, *sessions: int, positions: int | None = None) -> int:
+        """So many passes, each a piece of the first of these sessions and a token of the others."""
+        for _ in range(number):
+            first = self.pace.piece if positions is None else positions
+            counts = [first, *[1] * (len(sessions) - 1)]
+            shares = [
+                (Work(self._sessions[session], step(0, count), b""), count)
+                for session, count in zip(sessions, counts, strict=True)
+            ]
+            pass_ms = sum(counts) * self._ms_per_position
+            self.now += pass_ms / 1000
+            self.pace.took(shares, pass_ms)
+        return self.pace.piece
+
+
 @pytest.mark.parametrize(
     ("ms_per_position", "piece"), [(1.0, 150), (5.0, 30), (100.0, SMALLEST_PIECE), (0.01, PREFILL_CHUNK)]
 )
 def test_pieces_come_to_take_the_time_they_should(ms_per_position: float, piece: int) -> None:
-    pace = Pace()
-    for _ in range(20):
-        pace.took(pace.piece, pace.piece * ms_per_position)
-    assert pace.piece == pytest.approx(piece, rel=0.05)
+    assert Paced(ms_per_position).passes(20, 0, 1) == pytest.approx(piece, rel=0.05)
+
+
+def test_who_is_alone_holds_up_nobody_and_brings_longer_pieces() -> None:
+    paced = Paced(5.0)
+    assert paced.passes(20, 0, 1) == pytest.approx(30, rel=0.05)
+    assert paced.passes(20, 0) == pytest.approx(4 * 30, rel=0.05)
+    assert paced.passes(1, 0, 1) == pytest.approx(30, rel=0.05)
+    assert paced.passes(1, 1) == pytest.approx(30, rel=0.05)
 
 
 def test_short_passes_tell_nothing_of_long_ones() -> None:
-    pace = Pace()
-    for _ in range(20):
-        pace.took(pace.piece, pace.piece * 1.0)
-    for _ in range(20):
-        pace.took(2, TARGET_MS)
-    assert pace.piece == pytest.approx(150, rel=0.05)
+    paced = Paced(1.0)
+    paced.passes(20, 0, 1)
+    slow = Paced(TARGET_MS)
+    slow.pace = paced.pace
+    assert slow.passes(20, 1, 0, positions=2) == pytest.approx(150, rel=0.05)
 
 
 # ---------------------------------------------------------------- mishaps
