@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from peer.doctor import doctor
 from peer.lifecycle import Peer
+from peer.model.allocator import keep_big_temporaries
 from peer.settings import DEMO_MODEL, PeerSettings
 from shared import event_loop
 from shared.channel.addresses import parse_listen
@@ -75,7 +76,7 @@ def peer(
     threads: Annotated[
         int | None,
         typer.Option(
-            envvar="COROLLA_THREADS", min=1, help="Cores to compute with.", show_default="all but one"
+            envvar="COROLLA_THREADS", min=1, help="Cores to compute with.", show_default="as many as are best"
         ),
     ] = None,
     device: Annotated[
@@ -93,6 +94,13 @@ def peer(
             envvar="COROLLA_QUANTIZE",
             help="none, fp16, int8, int8-fast, int4 or nf4; alike on all peers of a model.",
             show_default="fp16 on x86 unless --dtype says otherwise, else none",
+        ),
+    ] = "auto",
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            envvar="COROLLA_KV_DTYPE",
+            help="auto, or int8: chats of twice to four times the length in the same memory, less exactly.",
         ),
     ] = "auto",
     identity: Annotated[
@@ -125,6 +133,8 @@ def peer(
     configure_logs(log_level)
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise SettingsError(f"--dtype {dtype} is unknown: write auto, float32, bfloat16 or float16")
+    if kv_dtype not in ("auto", "int8"):
+        raise SettingsError(f"--kv-dtype {kv_dtype} is unknown: write auto or int8")
     settings = PeerSettings(
         relays=relay_urls(relay),
         model=model,
@@ -136,6 +146,7 @@ def peer(
         device=device,
         quantize=quantize,
         dtype=dtype,  # type: ignore[arg-type]  # checked above
+        kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked above
         direct=not relay_only,
         listen=parse_listen(listen, advertise or ()),
     )
@@ -145,6 +156,7 @@ def peer(
 
 
 async def _run(settings: PeerSettings, key: Identity) -> None:
+    keep_big_temporaries()
     console = Console()
     leaving = _Leaving()
     bar = _loading_bar(console)

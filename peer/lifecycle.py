@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
 from peer.model.quantization import Quantization, choose
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span as LoadedSpan
+from peer.model.threads import measure_threads
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
 from peer.settings import PeerSettings, default_kv_bytes, default_threads
@@ -155,7 +157,7 @@ class Peer:
             raise
 
     def _load(self, checkpoint: Checkpoint) -> LoadedSpan:
-        return LoadedSpan.load(
+        span = LoadedSpan.load(
             checkpoint,
             self.layers.start,
             self.layers.end,
@@ -163,8 +165,12 @@ class Peer:
             device=self.device,
             quantization=self.quantization,
             quantized=QuantizedCache(data_directory() / "quantized" / self.artefact),
+            int8_kv=self.settings.kv_dtype == "int8",
             progress=self._report,
         )
+        if self.device.type == "cpu" and self.settings.threads is None:
+            log.info("computing with %d threads", measure_threads(span, os.cpu_count() or 1))
+        return span
 
     def _report(self, done_bytes: int, total_bytes: int) -> None:
         # A process waits for its threads when it ends, and many tensors or files may still be to come.

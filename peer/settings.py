@@ -14,6 +14,9 @@ DEMO_MODEL = str(Path(__file__).parent / "demo" / "corolla-demo")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+KvDtype = Literal["auto", "int8"]
+"""How sessions keep their keys and values: as they are computed, or in eight bits."""
+
 
 class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything `python -m peer` can be told."""
@@ -26,10 +29,12 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Memory for KV caches and input logs; None takes a share of what is free."""
     max_sessions: int = 256
     threads: int | None = None
+    """Threads to compute with; None measures how many are best."""
     device: str = "auto"
     dtype: Dtype = "auto"
     quantize: str = "auto"
     """In which form weights are kept: `peer.model.quantization.NAMES`."""
+    kv_dtype: KvDtype = "auto"
     direct: bool = True
     listen: Listen | None = Listen()
     """Where the other ends of channels may call, unless `direct` is off; None nowhere."""
@@ -45,5 +50,5 @@ def default_kv_bytes() -> int:
 
 
 def default_threads() -> int:
-    """One core is left to the network and to the machine's owner: a second torch thread there costs more."""
+    """With how many threads to load. One core is left to the network and to the machine's owner."""
     return max(1, (os.cpu_count() or 1) - 1)

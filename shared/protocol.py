@@ -34,6 +34,9 @@ PREFILL_CHUNK = 256
 PREFILL_WINDOW = 4 * PREFILL_CHUNK
 """Positions that a hop may have been sent beyond those that it has told to be `Consumed`."""
 
+PREFIX_PAGE = 64
+"""Positions of one page: sessions that begin alike share what was computed for them in whole pages."""
+
 Id = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=256)]
 Name = Annotated[str, Meta(max_length=64)]
@@ -46,6 +49,11 @@ Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e12)]
+
+Pages = Annotated[
+    list[Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]], Meta(max_length=MAX_CONTEXT // PREFIX_PAGE)
+]
+"""A name for each whole page of a text, in order; each covers all tokens up to the page's end."""
 
 Path = Literal["direct", "relayed", "local"]
 """What carried a message: a link between the two, a relay, or no wire at all."""
@@ -306,8 +314,9 @@ class Hop(Struct, frozen=True):
     start: Layer
     end: Layer
     waited_ms: Milliseconds
-    """From the arrival of the inputs to the start of the computation."""
+    """From the arrival of the inputs to the end of their computation, without `computed_ms`."""
     computed_ms: Milliseconds
+    """All the time of the forward passes that the inputs were in, other sessions' inputs included."""
     path: Path
     """What carried the inputs here."""
     link_ms: Milliseconds | None = None
@@ -335,10 +344,15 @@ class Open(Struct, frozen=True, tag="open", kw_only=True):
     stop_tokens: Annotated[list[TokenId], Meta(max_length=64)] = []
     history: list[TokenId] = []
     """For the last hop, and only when penalties need them: the tokens so far, prompt included."""
+    pages: Pages = []
+    """Names of the tokens so far. A fresh hop that kept such pages of this asker begins behind them."""
 
 
 class Opened(Struct, frozen=True, tag="opened"):
-    """The hop is ready. `position` is how many positions its KV cache holds of this session."""
+    """The hop is ready. `position` is how many positions its KV cache holds of this session.
+
+    When no hop of the route holds any by its own work, the asker begins at the lowest of them.
+    """
 
     session: SessionId
     epoch: Count
@@ -412,9 +426,10 @@ class Renew(Struct, frozen=True, tag="renew"):
 
 
 class Close(Struct, frozen=True, tag="close"):
-    """The session is over: free its KV cache and its input log."""
+    """The session is over: free its KV cache and its input log, or keep what `pages` name for another."""
 
     session: SessionId
+    pages: Pages = []
 
 
 class Failed(Struct, frozen=True, tag="failed"):

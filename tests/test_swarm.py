@@ -242,6 +242,46 @@ async def test_an_asker_that_names_a_gateway_as_a_hop_does_not_cut_the_gateways_
     assert not any(isinstance(event, Rerouted) for event in events)
 
 
+async def test_the_next_question_of_a_chat_computes_only_what_is_new(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    prompt = [random.Random(4).randrange(128) for _ in range(150)]
+    answer = tokens([event async for event in swarm.ask(prompt, new=8)])
+    await emptied(swarm)
+    assert set(swarm.reserved_bytes().values()) == {0}
+    before = computed_positions(swarm)
+
+    longer = [*prompt, *answer, 5, 6, 7]
+    again = tokens([event async for event in swarm.ask(longer, new=8)])
+
+    assert again == swarm.reference(longer, new=8)
+    # Two whole pages of 158 positions were kept; the last of eight tokens needs no position.
+    assert computed_positions(swarm) - before == 3 * (len(longer) - 128 + 7)
+
+
+def computed_positions(swarm: Swarm) -> int:
+    """Positions that all peers have computed, each through its own layers."""
+    services = [peer.service for peer in swarm.peers.values()]
+    return sum(service.batcher.positions for service in services if service is not None)
+
+
+@pytest.mark.parametrize("victim", ["ann", "bob", "eve"])
+async def test_a_chat_that_began_behind_what_was_kept_survives_a_loss(swarm: Swarm, victim: str) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    prompt = [random.Random(5).randrange(128) for _ in range(100)]
+    assert tokens([event async for event in swarm.ask(prompt, new=4)]) == swarm.reference(prompt, new=4)
+    await emptied(swarm)
+
+    chat = swarm.ask(prompt, new=LONG)
+    events = [await anext(chat) for _ in range(9)]
+    span = next(hop for hop in _hops(events[-1]) if swarm.name(hop.peer) == victim)
+    await swarm.start_one("spare", f"{span.start}:{span.end}")
+    await swarm.stop(victim)
+    events += [event async for event in chat]
+
+    assert tokens(events) == swarm.reference(prompt, new=LONG)
+    assert any(isinstance(event, Rerouted) for event in events)
+
+
 async def test_a_session_longer_than_the_model_is_declined_in_one_sentence(swarm: Swarm) -> None:
     await swarm.start(ann=(0, 6))
     with pytest.raises(SessionFailed, match="512 tokens"):

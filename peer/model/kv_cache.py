@@ -15,46 +15,110 @@ from transformers.cache_utils import Cache
 from peer.model.errors import BadInputs, CacheFull
 
 GROWTH = 256
-"""Positions by which the buffers grow. Each growth copies what is there, so a small step costs time."""
+"""Positions by which the buffers grow, or an eighth of what is there if that is more. Each growth copies what
+is there: in steps of 256, filling a cache of 128 000 positions would copy each of them 250 times."""
+
+
+class Buffer:
+    """A tensor [batch, heads, allocated, width] that grows along its third axis, up to a capacity."""
+
+    def __init__(self) -> None:
+        self._tensor: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return 0 if self._tensor is None else self._tensor.nbytes
+
+    def write(self, new: torch.Tensor, position: int, capacity: int) -> None:
+        """Write [batch, heads, count, width] at `position`; all that lies before it stays."""
+        end = position + new.shape[-2]
+        if self._tensor is None or end > self._tensor.shape[-2]:
+            batch, heads, _, width = new.shape
+            room = max(-(-end // GROWTH) * GROWTH, position + position // 8)
+            grown = new.new_empty(batch, heads, min(capacity, room), width)
+            if self._tensor is not None:
+                grown[:, :, :position] = self._tensor[:, :, :position]
+            self._tensor = grown
+        self._tensor[:, :, position:end] = new
+
+    def read(self, first: int, end: int) -> torch.Tensor:
+        """Positions [first, end), without a copy."""
+        assert self._tensor is not None
+        return self._tensor[:, :, first:end]
+
+    def fit(self, capacity: int) -> None:
+        """Give back what is allocated beyond `capacity` positions."""
+        if self._tensor is not None and self._tensor.shape[-2] > capacity:
+            self._tensor = self._tensor[:, :, :capacity].clone()
+
+    def copy(self, length: int) -> Buffer:
+        """The first `length` positions, in memory of their own."""
+        copied = Buffer()
+        if self._tensor is not None:
+            copied._tensor = self._tensor[:, :, :length].clone()
+        return copied
+
+
+class Int8Buffer(Buffer):
+    """Like a buffer of floats, with eight bits for each number and a float32 scale for each row of them.
+
+    A quarter of the memory of float32, for an error of at most 1/254 of the largest number of a row. What is
+    read is made anew each time: 0.2 ms for 1000 positions of 4 heads and 64 numbers.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = Buffer()
+        self._scales = Buffer()
+        self._dtype = torch.float32
+
+    @property
+    def bytes(self) -> int:
+        return self._numbers.bytes + self._scales.bytes
+
+    def write(self, new: torch.Tensor, position: int, capacity: int) -> None:
+        self._dtype = new.dtype
+        new = new.float()
+        # A row of zeros has no scale of its own.
+        scales = (new.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        self._numbers.write((new / scales).round().to(torch.int8), position, capacity)
+        self._scales.write(scales, position, capacity)
+
+    def read(self, first: int, end: int) -> torch.Tensor:
+        return (self._numbers.read(first, end) * self._scales.read(first, end)).to(self._dtype)
+
+    def fit(self, capacity: int) -> None:
+        self._numbers.fit(capacity)
+        self._scales.fit(capacity)
+
+    def copy(self, length: int) -> Int8Buffer:
+        copied = Int8Buffer()
+        copied._numbers, copied._scales = self._numbers.copy(length), self._scales.copy(length)
+        copied._dtype = self._dtype
+        return copied
 
 
 class LayerCache:
-    """The keys and values of one layer, each [batch, heads, allocated, width] of which `length` are used."""
+    """The keys and values of one layer, of which the first `length` positions are used."""
 
-    def __init__(self) -> None:
-        self.length = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+    def __init__(self, keys: Buffer, values: Buffer, length: int = 0) -> None:
+        self.length = length
+        self.keys = keys
+        self.values = values
 
     @property
     def bytes(self) -> int:
         """Memory held by both buffers."""
-        return sum(buffer.nbytes for buffer in (self._keys, self._values) if buffer is not None)
+        return self.keys.bytes + self.values.bytes
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, first: int, capacity: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values [batch, heads, count, width] behind the last; show all from `first` on."""
-        end = self.length + keys.shape[-2]
-        self._keys = _with_room(self._keys, keys, self.length, end, capacity)
-        self._values = _with_room(self._values, values, self.length, end, capacity)
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
-        self.length = end
-        return self._keys[:, :, first:end], self._values[:, :, first:end]
-
-
-def _with_room(
-    buffer: torch.Tensor | None, new: torch.Tensor, length: int, needed: int, capacity: int
-) -> torch.Tensor:
-    if buffer is not None and needed <= buffer.shape[-2]:
-        return buffer
-    allocated = min(capacity, -(-needed // GROWTH) * GROWTH)
-    batch, heads, _, width = new.shape
-    grown = new.new_empty(batch, heads, allocated, width)
-    if buffer is not None:
-        grown[:, :, :length] = buffer[:, :, :length]
-    return grown
+        self.keys.write(keys, self.length, capacity)
+        self.values.write(values, self.length, capacity)
+        self.length += keys.shape[-2]
+        return self.keys.read(first, self.length), self.values.read(first, self.length)
 
 
 class KVCache(Cache):
@@ -65,15 +129,24 @@ class KVCache(Cache):
     to keep anything, but a family's forward may use any of them to learn the cache's length.
     """
 
-    def __init__(self, start: int, end: int, capacity: int, windows: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        start: int,
+        end: int,
+        capacity: int,
+        windows: Sequence[int | None],
+        *,
+        buffer: type[Buffer] = Buffer,
+    ) -> None:
         super().__init__(layers=[])
         self.start = start
         self.end = end
         self.capacity = capacity
         self.length = 0
         self._batch: int | None = None
-        self._windows = windows
-        self._kept = {layer: LayerCache() for layer in range(start, end)}
+        self.windows = windows
+        self._buffer = buffer
+        self._kept = {layer: LayerCache(buffer(), buffer()) for layer in range(start, end)}
         self._sliding = [window is not None for window in windows]
         self._never = [False] * len(windows)
 
@@ -86,6 +159,10 @@ class KVCache(Cache):
         """Memory allocated so far for one layer, counted from 0 in the whole model."""
         return self._kept[layer].bytes
 
+    def positions(self, count: int) -> torch.Tensor:
+        """The next `count` positions, [count]."""
+        return torch.arange(self.length, self.length + count)
+
     def truncate(self, position: int) -> None:
         """Forget everything from `position` on."""
         if not 0 <= position <= self.length:
@@ -93,6 +170,24 @@ class KVCache(Cache):
                 f"a step at position {position} leaves a gap: the cache holds {self.length} positions"
             )
         self._mark(position)
+
+    def resize(self, capacity: int) -> None:
+        """Hold at most so many positions from now on; what was allocated beyond is given back."""
+        self.truncate(min(self.length, capacity))
+        self.capacity = capacity
+        for kept in self._kept.values():
+            kept.keys.fit(capacity)
+            kept.values.fit(capacity)
+
+    def copy(self, length: int, capacity: int) -> KVCache:
+        """Another cache with the first `length` positions, in memory of its own."""
+        copied = KVCache(self.start, self.end, capacity, self.windows, buffer=self._buffer)
+        copied.length, copied._batch = length, self._batch
+        copied._kept = {
+            layer: LayerCache(kept.keys.copy(length), kept.values.copy(length), length)
+            for layer, kept in self._kept.items()
+        }
+        return copied
 
     def check_room(self, batch: int, count: int) -> None:
         """Raise when `count` more positions of `batch` sequences do not fit."""
@@ -136,7 +231,7 @@ class KVCache(Cache):
         return length + query_length - first, first
 
     def _first_shown(self, layer: int, length: int) -> int:
-        window = self._windows[layer]
+        window = self.windows[layer]
         return 0 if window is None else max(0, length - window + 1)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -164,4 +259,4 @@ class KVCache(Cache):
         return False
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.windows)

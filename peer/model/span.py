@@ -14,9 +14,11 @@ So one loaded structure serves any run of layers inside the span, and layers kee
 from __future__ import annotations
 
 import inspect
+import itertools
+import logging
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -36,11 +38,14 @@ from peer.model.anatomy import (
 )
 from peer.model.checkpoint import Checkpoint
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
-from peer.model.kv_cache import KVCache
+from peer.model.joint import Joining, JointCache, may_join
+from peer.model.kv_cache import Buffer, Int8Buffer, KVCache
 from peer.model.packing import Packer
 from peer.model.quantization import Quantization
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.source import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,7 +55,23 @@ class Visit:
     start: int = 0
     end: int = 0
     arrived: torch.Tensor | None = None
-    all_logits: bool = False
+    wanted: slice | list[int] = field(default_factory=lambda: slice(None))
+    """The positions whose logits are wanted, as an index of [count]."""
+    narrowed: bool = False
+    """The head computed only those."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One session's part of a forward pass: checked inputs [1, count, ...], and the cache they go to."""
+
+    inputs: torch.Tensor
+    cache: KVCache
+    wants_logits: bool = True
+
+    @property
+    def count(self) -> int:
+        return self.inputs.shape[1]
 
 
 class Span:
@@ -79,6 +100,8 @@ class Span:
         self._windows = family.attention_windows(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._token_bytes: list[int] = []
+        self._joining: Joining | None = None
+        self._buffer: type[Buffer] = Buffer
 
     @classmethod
     def load(
@@ -91,11 +114,13 @@ class Span:
         device: str | torch.device = "cpu",
         quantization: Quantization | None = None,
         quantized: QuantizedCache | None = None,
+        int8_kv: bool = False,
         progress: Progress | None = None,
     ) -> Span:
         """Read layers [start, end), and the ends when they touch them. Nothing else is read.
 
         Weights are as exact as `dtype` unless a `quantization` packs them; `quantized` keeps such on disk.
+        With `int8_kv` sessions keep their keys and values in eight bits.
         `progress` hears of the bytes fetched from the hub, if any, and then of the bytes read. Raises
         UnsupportedModel when the family cannot be cut into spans, before any weight is fetched.
         """
@@ -106,13 +131,20 @@ class Span:
         model = family.skeleton(checkpoint.config, dtype)
         family.check_rollback(checkpoint.config, model)
         span = cls(model, start, end, dtype, torch.device(device))
+        span._buffer = Int8Buffer if int8_kv else Buffer
         span._cut()
         read_before = checkpoint.bytes_read
         with allocator.loading():
             span._fill(checkpoint, quantization, quantized, progress)
         span.bytes_read = checkpoint.bytes_read - read_before
         span._token_bytes = span._try_out()
+        span._try_joining()
         return span
+
+    @property
+    def joins_sessions(self) -> bool:
+        """True when one forward pass can serve several sessions; else they are computed one by one."""
+        return self._joining is not None
 
     @property
     def weights_bytes(self) -> int:
@@ -127,7 +159,7 @@ class Span:
     def new_cache(self, start: int, end: int, capacity: int) -> KVCache:
         """A cache for a session on layers [start, end) of this span. Memory is taken as positions come."""
         self._check_range(start, end)
-        return KVCache(start, end, capacity, self._windows)
+        return KVCache(start, end, capacity, self._windows, buffer=self._buffer)
 
     @torch.inference_mode()
     def forward(
@@ -141,36 +173,100 @@ class Span:
         [batch, count, vocab] with `all_logits`.
         """
         inputs = self._checked(inputs, cache)
+        self._make_room(inputs, cache, position)
+        return self._alone(inputs, cache, slice(None) if all_logits else [-1])
+
+    def row(self, inputs: torch.Tensor, cache: KVCache, position: int, *, wants_logits: bool = True) -> Row:
+        """Check one session's inputs [1, count, ...] and truncate its cache to `position`.
+
+        For `forward_rows`, which comes next. Raises BadInputs or CacheFull: one session's mistake, which must
+        not become the others'.
+        """
+        inputs = self._checked(inputs, cache)
+        self._make_room(inputs, cache, position)
+        return Row(inputs, cache, wants_logits)
+
+    @torch.inference_mode()
+    def forward_rows(self, rows: Sequence[Row]) -> list[torch.Tensor | None]:
+        """Compute rows of several sessions, all through the same layers, in one pass if the family allows it.
+
+        Gives for each row hidden states [1, count, hidden]; or, where the model ends, float32 logits
+        [1, vocab] of its last position, None for a row that wants none.
+        """
+        if len(rows) > 1 and self._joining is not None:
+            return self._together(rows, self._joining)
+        return [self._one_row(row) for row in rows]
+
+    def differentiable(self, hidden_states: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Layers [start, end) without a cache, such that the gradient flows back to `hidden_states`.
+
+        Hidden states [batch, count, hidden] in and out; where the model ends, float32 logits
+        [batch, count, vocab]. The weights get no gradient. Layer 0 takes what the embedding gives.
+        """
+        self._check_range(start, end)
+        with self._running, torch.enable_grad():
+            return self._run(hidden_states, Visit(start, end, hidden_states), None)
+
+    def _one_row(self, row: Row) -> torch.Tensor | None:
+        at_the_end = row.cache.end == self.layer_count
+        output = self._alone(row.inputs, row.cache, [-1] if row.wants_logits else [])
+        return None if at_the_end and not row.wants_logits else output
+
+    def _make_room(self, inputs: torch.Tensor, cache: KVCache, position: int) -> None:
         cache.truncate(position)
         batch, count = inputs.shape[:2]
         cache.check_room(batch, count)
         if self.context_length and position + count > self.context_length:
             raise CacheFull(f"{position + count} positions are more than this model's {self.context_length}")
-        with self._running:
-            arrived = None if cache.start == 0 else inputs
-            self._visit = Visit(cache.start, cache.end, arrived, all_logits)
-            result = self._run(inputs, cache)
-        cache.commit(batch, count)
-        return result
 
-    def _run(self, inputs: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    def _alone(self, inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> torch.Tensor:
+        batch, count = inputs.shape[:2]
+        with self._running:
+            result = self._run(inputs, _visit(inputs, cache, wanted), cache)
+        cache.commit(batch, count)
+        # All logits [batch, count, vocab] when they were asked for, else those of one position.
+        return result[:, 0] if cache.end == self.layer_count and wanted == [-1] else result
+
+    def _together(self, rows: Sequence[Row], joining: Joining) -> list[torch.Tensor | None]:
+        inputs = torch.cat([row.inputs for row in rows], 1)
+        cache, counts = rows[0].cache, [row.count for row in rows]
+        if any((row.cache.start, row.cache.end) != (cache.start, cache.end) for row in rows):
+            raise ValueError("rows of one pass go through the same layers")
+        ends = list(itertools.accumulate(counts))
+        wanted = [end - 1 for end, row in zip(ends, rows, strict=True) if row.wants_logits]
+        joint = joining.cache([row.cache for row in rows], counts)
+        with self._running, joining.through(joint):
+            result = self._run(inputs, _visit(inputs, cache, wanted), joint)
+        if (joint.written, joint.attended) != (cache.end - cache.start,) * 2:
+            raise UnsupportedModel("its attention cannot be computed for several sessions at once")
+        for row in rows:
+            row.cache.commit(1, row.count)
+        if cache.end < self.layer_count:
+            return list(torch.split(result, counts, 1))
+        logits = iter(result.unbind(1)) if wanted else iter(())
+        return [next(logits) if row.wants_logits else None for row in rows]
+
+    def _run(self, inputs: torch.Tensor, visit: Visit, cache: KVCache | JointCache | None) -> torch.Tensor:
+        """Hidden states, or float32 logits [batch, wanted, vocab] where the model ends."""
+        self._visit = visit
         try:
-            if cache.start == 0:
+            if visit.arrived is None:
                 logits = self._call(cache, input_ids=inputs)
             else:
                 # Only its shape counts: the gate brings the true ones, and CTRL changes these in place.
                 logits = self._call(cache, inputs_embeds=torch.zeros_like(inputs))
         except Reached as reached:
             return reached.hidden_states
-        return (logits if self._visit.all_logits else logits[:, -1]).float()
+        # A family without a head of its own could not be told before.
+        return (logits if visit.narrowed else logits[:, visit.wanted]).float()
 
-    def _call(self, cache: KVCache, **inputs: torch.Tensor) -> torch.Tensor:
+    def _call(self, cache: KVCache | JointCache | None, **inputs: torch.Tensor) -> torch.Tensor:
         """The family's own forward pass, to logits. The inputs are [batch, count, ...]."""
-        arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": True}
+        arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": cache is not None}
         if self._takes_positions:
             batch, count = next(iter(inputs.values())).shape[:2]
-            positions = torch.arange(cache.length, cache.length + count, device=self.device)
-            arguments["position_ids"] = positions.expand(batch, count)
+            positions = cache.positions(count) if cache is not None else torch.arange(count)
+            arguments["position_ids"] = self._moved(positions, torch.int64).expand(batch, -1)
         logits: torch.Tensor = self._model(**arguments).logits
         return logits
 
@@ -194,10 +290,14 @@ class Span:
         return output
 
     def _narrow(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Before the head: of a long prompt, only the last position's logits are wanted."""
-        if self._visit.all_logits or not args:
+        """Before the head: of a long prompt, only the last position's logits are wanted, or none at all."""
+        wanted = self._visit.wanted
+        if not args:
             return None
-        return (args[0][:, -1:], *args[1:])
+        if wanted == []:
+            raise Reached(args[0])
+        self._visit.narrowed = True
+        return (args[0][:, wanted], *args[1:])
 
     def _cut(self) -> None:
         """Take away what the span does not hold, and put the gates in."""
@@ -291,6 +391,58 @@ class Span:
             )
         return kept
 
+    def _try_joining(self) -> None:
+        """Find out whether one pass serves several sessions exactly, by two sessions and each of them alone.
+
+        A family whose attention does not go through the registered function, or whose masks or positions are
+        of another kind, gives other numbers here.
+        """
+        if not self._takes_positions or not may_join(self._model):
+            return
+        expected = [self.forward(inputs, cache, cache.length) for inputs, cache in self._trial_sessions()]
+        tolerance = max(1e-4, 4 * torch.finfo(self.dtype).eps, 4 * self._unevenness(expected[0]))
+        for gathers in (False, True):
+            joining = Joining(self._model, gathers=gathers)
+            if self._joins_exactly(joining, expected, tolerance):
+                self._joining = joining
+                return
+
+    def _unevenness(self, expected: torch.Tensor) -> float:
+        """How much a trial session changes when its positions come one by one: some weights round so."""
+        inputs, cache = self._trial_sessions()[0]
+        for place in range(inputs.shape[1]):
+            last = self.forward(inputs[:, place : place + 1], cache, cache.length)
+        difference = (last[:, -1] - expected[:, -1]) if last.dim() == 3 else last - expected
+        return min(0.02, float(difference.float().norm() / last.float().norm()))
+
+    def _joins_exactly(self, joining: Joining, expected: Sequence[torch.Tensor], tolerance: float) -> bool:
+        try:
+            rows = [self.row(inputs, cache, cache.length) for inputs, cache in self._trial_sessions()]
+            with torch.inference_mode():
+                outputs = self._together(rows, joining)
+        except Exception as error:
+            log.debug("sessions cannot be computed together: %s", first_line(error))
+            return False
+        pairs = zip(outputs, expected, strict=True)
+        return all(output is not None and _close(output, one, tolerance) for output, one in pairs)
+
+    def _trial_sessions(self) -> list[tuple[torch.Tensor, KVCache]]:
+        """Two sessions that hold three and five positions, and the next two and one of each."""
+        sessions = []
+        for seed, (held, count) in enumerate(((3, 2), (5, 1))):
+            inputs = self.trial_inputs(held + count, seed)
+            cache = self.new_cache(self.start, self.end, held + count)
+            self.forward(inputs[:, :held], cache, 0)
+            sessions.append((inputs[:, held:], cache))
+        return sessions
+
+    def trial_inputs(self, count: int, seed: int = 0) -> torch.Tensor:
+        """Random inputs [1, count] or [1, count, hidden], to try this span out."""
+        numbers = torch.Generator().manual_seed(seed)
+        if self.start == 0:
+            return torch.randint(self.vocab_size, (1, count), generator=numbers)
+        return torch.randn(1, count, self.hidden_size, generator=numbers, dtype=self.dtype)
+
     def _trial_inputs(self) -> list[torch.Tensor]:
         """Two inputs of two positions each; they differ in the second position alone."""
         if self.start == 0:
@@ -314,7 +466,7 @@ class Span:
                     f"layer {cache.start} takes hidden states [batch, count, {self.hidden_size}], "
                     f"not {inputs.dtype} {list(inputs.shape)}"
                 )
-            return inputs.to(self.device, self.dtype)
+            return self._moved(inputs, self.dtype)
         if inputs.dim() != 2 or inputs.is_floating_point():
             raise BadInputs(
                 f"layer 0 takes token ids [batch, count], not {inputs.dtype} {list(inputs.shape)}"
@@ -322,7 +474,26 @@ class Span:
         # A token outside the embedding would stop a GPU for good.
         if not 0 <= int(inputs.min()) <= int(inputs.max()) < self.vocab_size:
             raise BadInputs(f"a token id is outside of this model's vocabulary of {self.vocab_size}")
-        return inputs.to(self.device, torch.int64)
+        return self._moved(inputs, torch.int64)
+
+    def _moved(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """On the span's device. From pinned memory a GPU copies beside what it still computes."""
+        if self.device.type != "cuda":
+            return values.to(self.device, dtype)
+        if values.device.type == "cpu":
+            values = values.pin_memory()
+        return values.to(self.device, dtype, non_blocking=True)
+
+
+def _visit(inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> Visit:
+    """Through the layers of a cache."""
+    return Visit(cache.start, cache.end, None if cache.start == 0 else inputs, wanted)
+
+
+def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
+    """Equal but for rounding: at each position, measured by the size of its own numbers."""
+    one, other = one.float(), other.float()
+    return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
 
 def drop_weights(parts: Iterable[nn.Module]) -> None:

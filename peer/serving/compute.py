@@ -1,4 +1,4 @@
-"""One step through a span, from wire bytes to wire bytes. Runs in the executor thread; knows no channels."""
+"""Steps through a span, from wire bytes to wire bytes. Runs in the executor thread; knows no channels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.sampling import sample
-from peer.model.span import Span
+from peer.model.span import Row, Span
 from shared.protocol import Sampling, Step, Tensor, WireDtype
 from shared.tensors import tensor_bytes
 
@@ -32,9 +32,10 @@ class Computed(msgspec.Struct, frozen=True):
     tensor: Tensor | None
     body: bytes
     token: int | None
-    started: float
-    """`time.perf_counter()` when the computation began; only differences leave this machine."""
+    ended: float
+    """`time.perf_counter()` when the computation ended; only differences leave this machine."""
     computed_ms: float
+    """All the time of each pass that the step was in, whoever else was in it: a token waits for all of it."""
 
 
 class Draw(msgspec.Struct, frozen=True):
@@ -45,21 +46,97 @@ class Draw(msgspec.Struct, frozen=True):
     prompt_length: int
 
 
-def compute(span: Span, cache: KVCache, step: Step, body: bytes | memoryview, draw: Draw | None) -> Computed:
-    """Truncate the cache to the step's position, append its inputs, and return what comes out.
+class Work:
+    """A step on its way through a span, in one pass or piece by piece; `error` is what went wrong with it."""
 
-    Raises BadInputs when the inputs do not fit the span or are not finite numbers.
+    def __init__(
+        self, cache: KVCache, step: Step, body: bytes | memoryview, draw: Draw | None = None
+    ) -> None:
+        self.cache = cache
+        self.error: Exception | None = None
+        self.computed_ms = 0.0
+        self.ended = 0.0
+        self._step = step
+        self._body = body
+        self._draw = draw
+        self._done = 0
+        self._inputs: torch.Tensor | None = None
+        self._states: list[torch.Tensor] = []
+        self._token: int | None = None
+        self._wire: tuple[Tensor | None, bytes] = (None, b"")
+
+    @property
+    def left(self) -> int:
+        """Positions still to be computed; 0 when the step is over, well or badly."""
+        return 0 if self.error is not None else self._step.count - self._done
+
+    def row(self, span: Span, count: int) -> Row:
+        """The next `count` positions as a row of a pass. Raises BadInputs or CacheFull."""
+        if self._inputs is None:
+            self._inputs = _inputs(self._step, self._body)
+        draws = self._draw is not None and count == self.left
+        return span.row(
+            self._inputs[:, self._done : self._done + count],
+            self.cache,
+            self._step.position + self._done,
+            wants_logits=draws,
+        )
+
+    def take(self, span: Span, row: Row, output: torch.Tensor | None) -> None:
+        """Keep what a pass gave. After the last piece: draw the token, or write the states as on the wire.
+
+        Raises BadInputs or BadLogits.
+        """
+        self._done += row.count
+        if self.cache.end < span.layer_count and output is not None:
+            self._states.append(output[0])
+            if not self.left:
+                self._wire = _to_wire(torch.cat(self._states))
+        elif self._draw is not None and output is not None:
+            draw, position = self._draw, self._step.position + self._step.count
+            self._token = sample(output[0], draw.sampling, position, draw.history, draw.prompt_length)
+
+    def result(self) -> Computed:
+        """What the step gave. Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+        return Computed(*self._wire, self._token, self.ended, self.computed_ms)
+
+
+def compute_pass(span: Span, shares: Sequence[tuple[Work, int]]) -> float:
+    """Compute the next positions of each work, so many of each, in one forward pass. Gives its milliseconds.
+
+    All go through the same layers. What goes wrong with one work becomes its `error`, and stops no other.
     """
     started = time.perf_counter()
-    outputs = span.forward(_inputs(step, body), cache, step.position)
-    token = None
-    tensor, wire = None, b""
-    if draw is not None:
-        position = step.position + step.count
-        token = sample(outputs[0], draw.sampling, position, draw.history, draw.prompt_length)
-    elif cache.end < span.layer_count:
-        tensor, wire = _to_wire(outputs[0])
-    return Computed(tensor, wire, token, started, (time.perf_counter() - started) * 1000)
+    rows: list[tuple[Work, Row]] = []
+    for work, count in shares:
+        try:
+            rows.append((work, work.row(span, count)))
+        except Exception as error:
+            work.error = error
+    for work, row, output in _forward(span, rows):
+        try:
+            work.take(span, row, output)
+        except Exception as error:
+            work.error = error
+    ended = time.perf_counter()
+    for work, _ in shares:
+        work.ended = ended
+        work.computed_ms += (ended - started) * 1000
+    return (ended - started) * 1000
+
+
+def _forward(span: Span, rows: Sequence[tuple[Work, Row]]) -> list[tuple[Work, Row, torch.Tensor | None]]:
+    try:
+        outputs = span.forward_rows([row for _, row in rows])
+    except Exception as error:
+        if len(rows) == 1:
+            rows[0][0].error = error
+            return []
+        # Whose fault it was shows when each is alone.
+        return [result for pair in rows for result in _forward(span, [pair])]
+    return [(work, row, output) for (work, row), output in zip(rows, outputs, strict=True)]
 
 
 def row_bytes(span: Span) -> int:

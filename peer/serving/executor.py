@@ -1,9 +1,8 @@
-"""The one thread that owns the device. The event loop never waits on torch; decode goes before prefill."""
+"""The one thread that owns the device. The event loop never waits on torch; who goes first is for others."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import queue
 import threading
 from collections.abc import Callable
@@ -12,20 +11,15 @@ from typing import Any, Self, TypeVar
 
 Result = TypeVar("Result")
 
-DECODE = 0
-PREFILL = 1
-_STOP = 2
-
 
 class Executor:
     """Runs functions one after another in its own thread.
 
-    The queue is bounded by the sessions that a peer admits: each has at most one job here.
+    Few calls wait here at a time: the batcher's next pass, and one of each session that is being opened.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None]]] = queue.PriorityQueue()
-        self._order = itertools.count()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="executor", daemon=True)
 
     async def __aenter__(self) -> Self:
@@ -35,7 +29,7 @@ class Executor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._jobs.put((_STOP, next(self._order), self._thread.join))
+        self._jobs.put(None)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
 
     @property
@@ -43,7 +37,7 @@ class Executor:
         """Jobs that have not begun."""
         return self._jobs.qsize()
 
-    async def run(self, priority: int, function: Callable[..., Result], *arguments: Any) -> Result:  # noqa: ANN401
+    async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:  # noqa: ANN401
         """Call `function(*arguments)` in the thread and wait for its result or error.
 
         A cancelled call that has begun runs to its end in the thread; its result is dropped.
@@ -61,14 +55,11 @@ class Executor:
             else:
                 loop.call_soon_threadsafe(_succeed, future, result)
 
-        self._jobs.put((priority, next(self._order), job))
+        self._jobs.put(job)
         return await future
 
     def _work(self) -> None:
-        while True:
-            priority, _, job = self._jobs.get()
-            if priority == _STOP:
-                return
+        while (job := self._jobs.get()) is not None:
             job()
 
 

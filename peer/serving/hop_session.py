@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from array import array
+from collections.abc import Hashable, Sequence
 from contextlib import ExitStack
 from typing import Protocol, assert_never
 
@@ -19,9 +20,11 @@ import msgspec
 from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
-from peer.serving.compute import Computed, Draw, compute, row_bytes, wire_dtype
-from peer.serving.executor import DECODE, PREFILL, Executor
+from peer.serving.batcher import Batcher
+from peer.serving.compute import Computed, Draw, row_bytes, wire_dtype
+from peer.serving.executor import Executor
 from peer.serving.input_log import InputLog
+from peer.serving.prefixes import Beginning, Prefix
 from shared.channel import Channel, Priority
 from shared.errors import ConnectionLost, CorollaError
 from shared.identity import PeerId
@@ -50,6 +53,13 @@ INBOX_SIZE = 64
 to wait would hold up everything else that comes by the same channel."""
 
 
+class Admission(msgspec.Struct, frozen=True):
+    """A route that the session takes, and what an earlier session left for its beginning."""
+
+    opened: Open
+    beginning: Beginning | None = None
+
+
 class Inputs(msgspec.Struct, frozen=True):
     """A step as it came in, with its tensor."""
 
@@ -75,7 +85,7 @@ class Overrun(msgspec.Struct, frozen=True):
     """The inbox was full, and is empty now."""
 
 
-Item = Open | Inputs | Arrival | Grant | Overrun
+Item = Admission | Inputs | Arrival | Grant | Overrun
 
 
 class Surroundings(Protocol):
@@ -84,6 +94,7 @@ class Surroundings(Protocol):
     me: PeerId
     span: Span
     executor: Executor
+    batcher: Batcher
 
     async def channel(self, peer: PeerId) -> Channel: ...
 
@@ -102,6 +113,8 @@ class HopSession:
         self._around = around
         self._cache: KVCache | None = None
         self._log = InputLog(row_bytes(around.span))
+        self._fed_by: Sequence[RouteSpan] | None = None
+        """The hops before this one, when all that the cache holds came from them."""
         self._history: list[int] = []
         self._held: Arrival | None = None
         self._credit = 0
@@ -123,6 +136,13 @@ class HopSession:
     def position(self) -> int:
         """Positions in the KV cache."""
         return self._cache.length if self._cache is not None else 0
+
+    def leave(self, asker: PeerId, pages: Sequence[str]) -> Prefix | None:
+        """What this session computed, under the names of its pages; None when it is not to be used again."""
+        if self._over or self._cache is None or self._fed_by is None:
+            return None
+        length = self._cache.length if self._next() is None else min(self._cache.length, len(self._log))
+        return Prefix(scope(asker, self.open), pages, length, self._cache, self._log)
 
     def put(self, item: Item) -> None:
         """Hand the session an item. A session that is over takes none."""
@@ -184,7 +204,7 @@ class HopSession:
 
     async def _handle(self, item: Item) -> None:
         match item:
-            case Open():
+            case Admission():
                 await self._take_route(item)
             case Inputs():
                 await self._step(item)
@@ -201,7 +221,8 @@ class HopSession:
 
     # ------------------------------------------------------------ routes
 
-    async def _take_route(self, opened: Open) -> None:
+    async def _take_route(self, admission: Admission) -> None:
+        opened = admission.opened
         before, self.open = self.mine, opened
         moved = (before.start, before.end) != (self.mine.start, self.mine.end)
         self._credit = opened.credit
@@ -209,12 +230,22 @@ class HopSession:
         self._history = list(opened.history)
         self._next_caught_up = False
         self._allowed = None
+        fed_by = _as_fresh(opened.route[: opened.index])
         if self._cache is None or moved or self.mine.fresh:
-            self._cache = await self._around.executor.run(
-                PREFILL, self._around.span.new_cache, self.mine.start, self.mine.end, opened.max_tokens
-            )
-            self._log = InputLog(row_bytes(self._around.span))
+            self._fed_by = fed_by
+            await self._begin(admission.beginning)
+        elif self._fed_by != fed_by:
+            self._fed_by = None
         await self.tell(Opened(opened.session, opened.epoch, self.position))
+
+    async def _begin(self, beginning: Beginning | None) -> None:
+        """An empty cache, or one that begins with what an earlier session left."""
+        capacity = self.open.max_tokens
+        if beginning is not None:
+            self._cache, self._log = await self._around.executor.run(beginning.take, capacity)
+            return
+        self._cache = self._around.span.new_cache(self.mine.start, self.mine.end, capacity)
+        self._log = InputLog(row_bytes(self._around.span))
 
     def _next(self) -> RouteSpan | None:
         after = self.open.index + 1
@@ -236,15 +267,7 @@ class HopSession:
         if step.count > PREFILL_WINDOW:
             raise BadInputs(f"a step brings at most {PREFILL_WINDOW} positions, not {step.count}")
         draw = self._draw(step) if self._next() is None and step.sample else None
-        computed = await self._around.executor.run(
-            DECODE if step.count == 1 else PREFILL,
-            compute,
-            self._around.span,
-            self._cache,
-            step,
-            inputs.body,
-            draw,
-        )
+        computed = await self._around.batcher.compute(self._cache, step, inputs.body, draw)
         self._around.stepped(self.mine.end - self.mine.start, step.count, computed.computed_ms)
         if self._next() is not None:
             self._log.write(step.position, computed.body)
@@ -271,7 +294,7 @@ class HopSession:
             peer=self._around.me,
             start=self.mine.start,
             end=self.mine.end,
-            waited_ms=round(max(0.0, computed.started - inputs.arrived) * 1000, 3),
+            waited_ms=round(max(0.0, (computed.ended - inputs.arrived) * 1000 - computed.computed_ms), 3),
             computed_ms=round(computed.computed_ms, 3),
             path=inputs.path,
             link_ms=inputs.link_ms,
@@ -384,3 +407,14 @@ class HopSession:
         """To the asker. One that is gone hears nothing: the lease then ends the session."""
         with contextlib.suppress(ConnectionLost):
             await self.asker.send(message, b"", Priority.CONTROL)
+
+
+def scope(asker: PeerId, opened: Open) -> Hashable:
+    """Whose prefixes a session shares: of the same asker, computed by the same hops up to this one."""
+    hops = opened.route[: opened.index + 1]
+    return asker, tuple((entry.peer, entry.start, entry.end) for entry in hops)
+
+
+def _as_fresh(route: Sequence[RouteSpan]) -> list[RouteSpan]:
+    """Entries that are equal when peer and layers are."""
+    return [RouteSpan(entry.peer, entry.start, entry.end) for entry in route]

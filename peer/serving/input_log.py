@@ -14,10 +14,25 @@ class InputLog:
         """Positions held."""
         return len(self._rows) // self._row_bytes
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory held."""
+        return len(self._rows)
+
     def write(self, position: int, rows: bytes) -> None:
         """Forget everything from `position` on, then append the rows."""
-        del self._rows[position * self._row_bytes :]
+        self.truncate(position)
         self._rows += rows
+
+    def truncate(self, position: int) -> None:
+        """Forget everything from `position` on."""
+        del self._rows[position * self._row_bytes :]
+
+    def copy(self, length: int) -> InputLog:
+        """Another log with the first `length` positions."""
+        copied = InputLog(self._row_bytes)
+        copied._rows += self._rows[: length * self._row_bytes]
+        return copied
 
     def read(self, start: int, end: int) -> bytes:
         """The rows of positions [start, end)."""

@@ -14,10 +14,12 @@ from typing import Literal, Self, assert_never
 import msgspec
 
 from peer.model.span import Span
+from peer.serving.batcher import Batcher
 from peer.serving.compute import row_bytes
 from peer.serving.executor import Executor
-from peer.serving.hop_session import Arrival, HopSession, Inputs
+from peer.serving.hop_session import Admission, Arrival, HopSession, Inputs, scope
 from peer.serving.kv_budget import KvBudget
+from peer.serving.prefixes import Beginning, Prefixes
 from shared.background import Background
 from shared.channel import Channel, Priority
 from shared.errors import Busy, ConnectionLost, ProtocolError
@@ -81,6 +83,8 @@ class Service:
         self.me = me
         self.span = span
         self.executor = Executor()
+        self.batcher = Batcher(span, self.executor)
+        self.prefixes = Prefixes()
         self.draining = False
         self.ms_per_layer: float | None = None
         """One decode step through one layer, smoothed over the last steps."""
@@ -100,6 +104,7 @@ class Service:
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.executor)
         await self._stack.enter_async_context(self._tasks)
+        self._tasks.start(self.batcher.run())
         self._tasks.start(self._sweep())
         self._stack.callback(self._end_all)
         return self
@@ -166,9 +171,9 @@ class Service:
             case Renew(sessions=sessions):
                 for session in sessions:
                     self._from_asker(channel, session)
-            case Close(session=session):
+            case Close(session=session, pages=pages):
                 if self._from_asker(channel, session):
-                    self._end(session)
+                    self._end(session, pages)
             case Lost(session=session):
                 # A later hop does not know the session; only the asker can mend that.
                 admitted = self._admitted.get(session)
@@ -238,7 +243,7 @@ class Service:
         admitted.session.renew(opened.epoch)
         admitted.source = PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
         admitted.deadline = time.monotonic() + self._lease_s
-        admitted.session.put(opened)
+        admitted.session.put(Admission(opened, self._beginning(channel, opened)))
 
     def _refusal(self, channel: Channel, opened: Open) -> Decline | None:
         admitted = self._admitted.get(opened.session)
@@ -276,13 +281,20 @@ class Service:
 
     def _reserve(self, opened: Open) -> Decline | None:
         mine = opened.route[opened.index]
+        token_bytes = self._bytes_per_token(mine.start, mine.end)
         try:
-            self._budget.reserve(
-                opened.session, opened.max_tokens * self._bytes_per_token(mine.start, mine.end)
-            )
+            self._budget.reserve(opened.session, opened.max_tokens * token_bytes)
         except Busy as busy:
-            return _decline(opened, "busy", str(busy), busy.retry_after_s)
+            fitting = self._budget.free_bytes // token_bytes
+            message = f"{busy}: {fitting} tokens would fit, not {opened.max_tokens}"
+            return _decline(opened, "busy", message, busy.retry_after_s)
         return None
+
+    def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:
+        """What an earlier session left for this one; others are freed where reservations want the memory."""
+        mine = opened.route[opened.index]
+        pages = opened.pages if mine.fresh else []
+        return self.prefixes.begin(scope(channel.peer, opened), pages, self._budget.free_bytes)
 
     def _bytes_per_token(self, start: int, end: int) -> int:
         """KV cache, and the input log where there is a next hop."""
@@ -308,11 +320,14 @@ class Service:
 
     # ------------------------------------------------------------ endings
 
-    def _end(self, session: str) -> None:
+    def _end(self, session: str, pages: Sequence[str] = ()) -> None:
         admitted = self._admitted.pop(session)
         admitted.task.cancel()
+        left = admitted.session.leave(admitted.session.asker.peer, pages)
         admitted.session.end()
         self._budget.release(session)
+        if left is not None:
+            self.prefixes.keep(left, self._budget.free_bytes)
         if not self._admitted:
             self._empty.set()
 

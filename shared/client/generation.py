@@ -19,6 +19,7 @@ from shared.client.session import (
     Emit,
     Event,
     Finish,
+    PageNamer,
     PeerLost,
     Planner,
     Received,
@@ -47,10 +48,12 @@ class Generation:
     `tasks` outlives the iteration, so that the last goodbyes need not be waited for.
     """
 
-    def __init__(self, dialer: Dialer, request: Request, plan: Planner, tasks: Background) -> None:
+    def __init__(
+        self, dialer: Dialer, request: Request, plan: Planner, name_pages: PageNamer, tasks: Background
+    ) -> None:
         self.session = secrets.token_hex(16)
         self._dialer = dialer
-        self._machine = ClientSession(self.session, request, plan)
+        self._machine = ClientSession(self.session, request, plan, name_pages)
         self._tasks = tasks
         self._inbox: asyncio.Queue[Event | Exception] = asyncio.Queue(INBOX_SIZE)
         self._outboxes: dict[PeerId, asyncio.Queue[Send]] = {}

@@ -118,6 +118,8 @@ Event = Received | PeerLost
 Effect = Send | Emit | Finish
 Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId]], list[RouteSpan]]
 """Given the spans that survive and the peers to avoid, a whole route. Raises NoRoute or Busy."""
+PageNamer = Callable[[Sequence[int]], list[str]]
+"""The names of the whole pages of a text."""
 
 
 # ---------------------------------------------------------------- the machine
@@ -126,18 +128,23 @@ Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId]], list[RouteSpan]]
 class ClientSession:
     """Feed it `start`, then events; carry out the effects in order until a Finish."""
 
-    def __init__(self, session: str, request: Request, plan: Planner) -> None:
+    def __init__(
+        self, session: str, request: Request, plan: Planner, name_pages: PageNamer = lambda tokens: []
+    ) -> None:
         self.session = session
         self.epoch = 0
         self.route: list[RouteSpan] = []
         self.tokens = list(request.prompt)
         self._request = request
         self._plan = plan
+        self._name_pages = name_pages
         self._limit = len(self.tokens) + request.max_new_tokens
         self._credit = 0
         self._unsent: deque[Send] = deque()
         """Steps of the prompt that wait until the first hop has consumed those before."""
         self._awaiting: set[PeerId] = set()
+        self._held: dict[PeerId, int] = {}
+        """What each hop of this epoch holds, by its own word."""
         self._caught_up: set[PeerId] = set()
         self._losses: dict[PeerId, int] = {}
         self._state: Literal["opening", "running", "over"] = "opening"
@@ -186,10 +193,12 @@ class ClientSession:
         self._state = "opening"
         self._unsent.clear()
         self._awaiting = set(self.peers)
+        self._held.clear()
         self._credit = self._next_credit()
-        return [Send(peer, self._open_message(index)) for index, peer in enumerate(self.peers)]
+        pages = self._name_pages(self.tokens)
+        return [Send(peer, self._open_message(index, pages)) for index, peer in enumerate(self.peers)]
 
-    def _open_message(self, index: int) -> Open:
+    def _open_message(self, index: int, pages: list[str]) -> Open:
         request = self._request
         is_last = index == len(self.route) - 1
         return Open(
@@ -204,10 +213,12 @@ class ClientSession:
             sampling=request.sampling,
             stop_tokens=list(request.stop_tokens),
             history=list(self.tokens) if is_last and request.sampling.needs_history else [],
+            pages=pages,
         )
 
-    def _opened(self, peer: PeerId) -> list[Effect]:
+    def _opened(self, peer: PeerId, position: int) -> list[Effect]:
         self._awaiting.discard(peer)
+        self._held[peer] = position
         if self._awaiting:
             return []
         self._state = "running"
@@ -215,9 +226,13 @@ class ClientSession:
 
     def _feed(self) -> list[Effect]:
         """Bring the ring to the point where it draws the next token."""
-        # Every hop that is not fresh holds all positions but the last: that token came through it.
-        resume = len(self.tokens) - 1 if self._caught_up else 0
-        begin = 0 if self.route[0].fresh else resume
+        last = len(self.tokens) - 1
+        if self._caught_up:
+            # Every hop that is not fresh holds all positions but the last: that token came through it.
+            resume, begin = last, 0 if self.route[0].fresh else last
+        else:
+            # Each holds what it kept of a session that began like this one, most often nothing.
+            resume = begin = min(last, *self._held.values())
         self._unsent += self._steps(begin, resume, replay=True)
         self._unsent += self._steps(resume, len(self.tokens), replay=False)
         return self._sendable(begin)
@@ -254,7 +269,7 @@ class ClientSession:
             return []  # a peer that the route left may be slow to hear of it, or not be honest
         match message:
             case Opened(epoch=epoch) if epoch == self.epoch and self._state == "opening":
-                return self._opened(peer)
+                return self._opened(peer, message.position)
             case Consumed(epoch=epoch) if epoch == self.epoch and peer == self.peers[0]:
                 return self._sendable(message.position)
             case Token(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
@@ -334,7 +349,8 @@ class ClientSession:
 
     def _finish(self, error: CorollaError | None) -> list[Effect]:
         self._state = "over"
-        closes: list[Effect] = [Send(peer, Close(self.session)) for peer in self.peers]
+        pages = self._name_pages(self.tokens) if error is None else []
+        closes: list[Effect] = [Send(peer, Close(self.session, pages)) for peer in self.peers]
         return [*closes, Finish(error)]
 
 

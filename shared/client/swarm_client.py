@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -14,6 +15,7 @@ from shared.background import Background
 from shared.channel import Channel, Dialer, Listen, PathReport, Priority
 from shared.client.directory import Directory
 from shared.client.generation import Generation
+from shared.client.page_names import PageNames
 from shared.client.route_planner import Candidate, fill_route
 from shared.client.session import Drawn, Planner, Request, Rerouted
 from shared.errors import ChannelClosed, ConnectionLost, NoRoute, ProtocolError
@@ -73,6 +75,7 @@ class SwarmClient:
             direct=direct,
             listen=listen,
         )
+        self._pages = PageNames(secrets.token_bytes(32))
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
@@ -99,7 +102,7 @@ class SwarmClient:
 
         Raises NoRoute, Busy or SessionFailed; what was yielded before stays valid.
         """
-        generation = Generation(self._dialer, request, self._planner(request), self._tasks)
+        generation = Generation(self._dialer, request, self._planner(request), self._pages.names, self._tasks)
         self._generations[generation.session] = generation
         try:
             async for event in generation.events():

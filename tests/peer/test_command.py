@@ -88,6 +88,7 @@ FLAGS = {
     "--device": "cpu",
     "--dtype": "bfloat16",
     "--quantize": "nf4",
+    "--kv-dtype": "int8",
 }
 READ = PeerSettings(
     relays=("http://relay.example:1",),
@@ -100,6 +101,7 @@ READ = PeerSettings(
     device="cpu",
     dtype="bfloat16",
     quantize="nf4",
+    kv_dtype="int8",
     direct=False,
 )
 
@@ -124,6 +126,7 @@ def test_environment_variables_are_read(told: list[tuple[PeerSettings, Identity]
 @pytest.mark.parametrize("flag", list(FLAGS))
 def test_a_flag_wins_over_its_variable(flag: str, told: list[tuple[PeerSettings, Identity]]) -> None:
     others = {"--kv-memory": "1KB", "--max-sessions": "9", "--threads": "9", "--dtype": "float16"}
+    others["--kv-dtype"] = "auto"
     both = invoke(flag, FLAGS[flag], **{variable(flag): others.get(flag, "other")})
     alone = invoke(flag, FLAGS[flag])
     assert both.exit_code == alone.exit_code == 0, both.output

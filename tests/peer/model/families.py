@@ -191,7 +191,24 @@ WIDER: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-FAMILIES = NAMED | WIDER
+COUPLED: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama-dynamic": lambda: _modern(
+        "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    ),
+    "llama-longrope": lambda: _modern(
+        "llama",
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": CONTEXT // 2,
+        },
+    ),
+}
+"""Families whose positions depend on the longest text of a pass."""
+
+FAMILIES = NAMED | WIDER | COUPLED
 """`WIDER` has something of every kind in masks, positions, norms, routed layers and names."""
 
 

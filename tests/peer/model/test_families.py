@@ -85,3 +85,27 @@ def test_a_session_may_use_any_part_of_a_span(model: Tiny) -> None:
         pieces.append(states)
 
     close(torch.cat(pieces, 1), model.expected(tokens))
+
+
+def gradient(output: torch.Tensor, inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of one number made from the output, to the inputs."""
+    (found,) = torch.autograd.grad((output * weights).sum(), inputs)
+    return found
+
+
+def test_gradients_flow_back_through_the_spans_as_through_the_model(model: Tiny) -> None:
+    """To the hidden states between the layers, which is what a span hands back to the one before it."""
+    tokens = random_tokens(2, 12)
+    whole = model.whole(tokens, output_hidden_states=True, use_cache=False)
+    start = model.spans[1].start
+    inside = whole.hidden_states[start]
+    weights = torch.randn(whole.logits.shape)
+    expected = gradient(whole.logits, inside, weights)
+
+    arriving = inside.detach().requires_grad_()
+    states = arriving
+    for span in model.spans[1:]:
+        states = span.differentiable(states, span.start, span.end)
+
+    close(states, whole.logits)
+    torch.testing.assert_close(gradient(states, arriving, weights), expected, rtol=1e-4, atol=1e-5)

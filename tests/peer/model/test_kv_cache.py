@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 from peer.model.errors import BadInputs, CacheFull
-from peer.model.kv_cache import GROWTH, KVCache
+from peer.model.kv_cache import GROWTH, Int8Buffer, KVCache
 
 HEADS, WIDTH = 2, 4
 
@@ -93,3 +93,86 @@ def test_positions_that_are_not_held_cannot_be_truncated_to(position: int) -> No
 
     with pytest.raises(BadInputs, match="leaves a gap"):
         cache.truncate(position)
+
+
+def test_a_long_cache_grows_in_longer_steps() -> None:
+    """Each growth copies everything, so there must be few of them."""
+    cache = KVCache(0, 1, 40_000, [None])
+    sizes = []
+    for _ in range(40):
+        append(cache, torch.zeros(1000))
+        sizes.append(cache.bytes)
+    assert len(set(sizes[20:])) < 10
+    assert cache.bytes == 40_000 * 2 * HEADS * WIDTH * 4
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_a_copy_has_the_first_positions_and_memory_of_its_own() -> None:
+    cache = KVCache(0, 2, 50, [None, 4])
+    append(cache, torch.arange(20.0))
+
+    other = cache.copy(12, 30)
+    append(cache, torch.tensor([77.0]))
+    everything, windowed = append(other, torch.tensor([99.0]))
+
+    assert everything.tolist() == [*range(12), 99]
+    assert windowed.tolist() == [9, 10, 11, 99]
+    assert (cache.length, other.length, other.capacity) == (21, 13, 30)
+    with pytest.raises(BadInputs, match="a batch of 1"):
+        other.check_room(2, 1)
+
+
+def test_a_cache_that_must_be_smaller_gives_memory_back() -> None:
+    cache = KVCache(0, 1, 1000, [None])
+    append(cache, torch.arange(300.0))
+    assert cache.bytes == 2 * GROWTH * 2 * HEADS * WIDTH * 4
+
+    cache.resize(100)
+
+    assert cache.bytes == 100 * 2 * HEADS * WIDTH * 4
+    with pytest.raises(CacheFull):
+        append(cache, torch.zeros(1))
+    cache.truncate(50)
+    assert append(cache, torch.tensor([7.0]))[0].tolist() == [*range(50), 7]
+
+
+# ---------------------------------------------------------------- eight bits
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 1000), st.floats(1e-6, 1e6))
+def test_eight_bits_keep_each_row_to_a_part_of_its_largest_number(seed: int, size: float) -> None:
+    numbers = torch.Generator().manual_seed(seed)
+    states = torch.randn(1, HEADS, 30, 64, generator=numbers) * size
+    states[0, 0, 3] = 0
+    cache = KVCache(0, 1, 40, [None], buffer=Int8Buffer)
+
+    shown, _ = cache.update(states, states, 0)
+
+    largest = states.abs().amax(-1, keepdim=True)
+    assert ((shown - states).abs() <= largest * (1 / 254 + 1e-6)).all()
+    assert shown.dtype == states.dtype
+
+
+def test_eight_bits_take_a_quarter_of_the_memory() -> None:
+    plain = KVCache(0, 1, 256, [None])
+    small = KVCache(0, 1, 256, [None], buffer=Int8Buffer)
+    for cache in (plain, small):
+        cache.update(torch.zeros(1, HEADS, 256, 128), torch.zeros(1, HEADS, 256, 128), 0)
+    assert small.bytes == plain.bytes * (128 + 4) / (4 * 128)
+
+
+def test_copies_in_eight_bits_are_equal_and_fit() -> None:
+    cache = KVCache(0, 1, 50, [None], buffer=Int8Buffer)
+    states = torch.randn(1, HEADS, 20, WIDTH)
+    shown, _ = cache.update(states, states, 0)
+    cache.commit(1, 20)
+
+    other = cache.copy(12, 30)
+    other.resize(12)
+    other.truncate(11)
+    again, _ = other.update(states[:, :, 11:12], states[:, :, 11:12], 0)
+
+    assert torch.equal(again, shown[:, :, :12])

@@ -21,7 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from peer.model.checkpoint import open_checkpoint
+from peer.model.kv_cache import KVCache
 from peer.model.span import Span
+from peer.serving.compute import Computed, Draw, Work, compute_pass
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
 from shared.channel import Channel, Priority
@@ -97,6 +99,13 @@ def expected_states(prompt: tuple[int, ...], layer: int) -> torch.Tensor:
         output = whole_model()(input_ids=torch.tensor([list(prompt)]), output_hidden_states=True)
     states: torch.Tensor = output.hidden_states[layer][0]
     return states
+
+
+def compute(held: Span, cache: KVCache, asked: Step, body: bytes, draw: Draw | None) -> Computed:
+    """One step alone, at once."""
+    work = Work(cache, asked, body, draw)
+    compute_pass(held, [(work, asked.count)])
+    return work.result()
 
 
 def ids_body(tokens: Sequence[int]) -> bytes:

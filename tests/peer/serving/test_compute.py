@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peer.model.errors import BadInputs, CacheFull
-from peer.serving.compute import Draw, compute, row_bytes, wire_dtype
+from peer.serving.compute import Draw, row_bytes, wire_dtype
 from shared.errors import CorollaError
 from shared.protocol import MAX_CONTEXT, Sampling, Step, Tensor, WireDtype
 from shared.tensors import ITEM_BYTES
@@ -21,6 +21,7 @@ from tests.peer.serving.parties import (
     LAYERS,
     PROMPT,
     VOCABULARY,
+    compute,
     expected_states,
     expected_tokens,
     ids_body,

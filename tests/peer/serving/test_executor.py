@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from peer.serving.executor import DECODE, PREFILL, Executor
+from peer.serving.executor import Executor
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ async def occupied(executor: Executor) -> AsyncIterator[None]:
         loop.call_soon_threadsafe(begun.set)
         assert release.wait(10)
 
-    job = asyncio.create_task(executor.run(DECODE, hold))
+    job = asyncio.create_task(executor.run(hold))
     await asyncio.wait_for(begun.wait(), 10)
     try:
         yield
@@ -37,50 +37,48 @@ async def occupied(executor: Executor) -> AsyncIterator[None]:
         await job
 
 
-async def queued(executor: Executor, priority: int, function: Callable[[], object]) -> asyncio.Task[object]:
+async def queued(executor: Executor, function: Callable[[], object]) -> asyncio.Task[object]:
     """A call that waits for the thread."""
     before = executor.waiting
-    task = asyncio.create_task(executor.run(priority, function))
+    task = asyncio.create_task(executor.run(function))
     while executor.waiting == before:  # noqa: ASYNC110 - the task puts it there when it first runs
         await asyncio.sleep(0)
     return task
 
 
 async def test_a_call_gives_its_result_from_another_thread(executor: Executor) -> None:
-    assert await executor.run(DECODE, divmod, 17, 5) == (3, 2)
-    assert await executor.run(DECODE, threading.current_thread) is not threading.current_thread()
+    assert await executor.run(divmod, 17, 5) == (3, 2)
+    assert await executor.run(threading.current_thread) is not threading.current_thread()
 
 
 async def test_all_calls_run_in_the_same_thread(executor: Executor) -> None:
-    threads = await asyncio.gather(
-        *(executor.run(priority, threading.get_ident) for priority in (PREFILL, DECODE) * 5)
-    )
+    threads = await asyncio.gather(*(executor.run(threading.get_ident) for _ in range(10)))
     assert len(set(threads)) == 1
 
 
-async def test_decode_goes_before_prefill_and_equals_keep_their_order(executor: Executor) -> None:
+async def test_calls_run_in_the_order_in_which_they_were_made(executor: Executor) -> None:
     order: list[str] = []
     async with occupied(executor):
         tasks = [
-            await queued(executor, priority, lambda name=name: order.append(name))  # type: ignore[misc]
-            for priority, name in [(PREFILL, "p1"), (DECODE, "d1"), (PREFILL, "p2"), (DECODE, "d2")]
+            await queued(executor, lambda name=name: order.append(name))  # type: ignore[misc]
+            for name in "abcd"
         ]
         assert order == []
     await asyncio.gather(*tasks)
-    assert order == ["d1", "d2", "p1", "p2"]
+    assert order == [*"abcd"]
 
 
 async def test_an_error_reaches_who_asked_and_the_thread_goes_on(executor: Executor) -> None:
     with pytest.raises(ZeroDivisionError):
-        await executor.run(DECODE, divmod, 1, 0)
-    assert await executor.run(DECODE, max, 3, 4) == 4
+        await executor.run(divmod, 1, 0)
+    assert await executor.run(max, 3, 4) == 4
 
 
 async def test_a_call_cancelled_before_it_begins_never_runs(executor: Executor) -> None:
     ran: list[str] = []
     async with occupied(executor):
-        dropped = await queued(executor, DECODE, lambda: ran.append("dropped"))
-        kept = await queued(executor, DECODE, lambda: ran.append("kept"))
+        dropped = await queued(executor, lambda: ran.append("dropped"))
+        kept = await queued(executor, lambda: ran.append("kept"))
         dropped.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dropped
@@ -103,20 +101,20 @@ async def test_a_call_cancelled_after_it_began_runs_to_its_end_unheard(
         if ending == "badly":
             raise ValueError(ending)
 
-    task = asyncio.create_task(executor.run(DECODE, work))
+    task = asyncio.create_task(executor.run(work))
     await asyncio.wait_for(begun.wait(), 10)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     release.set()
 
-    assert await executor.run(DECODE, len, "next") == 4
+    assert await executor.run(len, "next") == 4
     assert ended == [ending]
 
 
 async def test_leaving_stops_the_thread() -> None:
     async with Executor() as executor:
-        thread = await executor.run(DECODE, threading.current_thread)
+        thread = await executor.run(threading.current_thread)
         assert thread.is_alive()
     assert not thread.is_alive()
 
@@ -133,7 +131,7 @@ async def test_leaving_waits_for_the_call_that_runs() -> None:
             assert release.wait(10)
             ended.append(True)
 
-        task = asyncio.create_task(executor.run(PREFILL, work))
+        task = asyncio.create_task(executor.run(work))
         await asyncio.wait_for(begun.wait(), 10)
         loop.call_soon(release.set)
     assert ended == [True]

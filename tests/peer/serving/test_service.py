@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peer.serving.executor import DECODE
 from peer.serving.hop_session import INBOX_SIZE
 from peer.serving.service import MAX_REPLIES
 from shared.errors import ProtocolError
@@ -274,6 +273,7 @@ async def test_a_session_has_the_whole_memory_that_it_may_need_or_none() -> None
     async with house(kv_bytes=100 * LAYERS * LAYER_BYTES) as home:
         assert home.service.kv_tokens_free == 100
         busy = await declined(home, home.open(max_tokens=101), "busy", "0.2 MB of KV memory")
+        assert busy.message.endswith("100 tokens would fit, not 101")
         assert busy.retry_after_s > 0
 
         ann = home.party("ann")
@@ -602,7 +602,7 @@ async def test_a_mistake_of_ours_ends_one_session_and_is_not_kept_quiet(
         ann = home.party("ann")
         await ann.opens(home.open())
         with monkeypatch.context() as broken:
-            broken.setattr("peer.serving.hop_session.compute", lambda *_: 1 / 0)
+            broken.setattr("peer.serving.compute.sample", lambda *_: 1 / 0)
             await ann.say(*PREFILL)
             failed = await ann.hear(Failed)
         assert "ZeroDivisionError" in caplog.text and "Zero" not in failed.message
@@ -653,7 +653,7 @@ async def test_a_session_that_is_sent_more_than_it_takes_ends_and_holds_up_nobod
     async with house() as home:
         ann = home.party("ann")
         await ann.opens(home.open())
-        busy = asyncio.create_task(home.service.executor.run(DECODE, hold))
+        busy = asyncio.create_task(home.service.executor.run(hold))
         await asyncio.wait_for(begun.wait(), SOON_S)
         try:
             # One is with the session's task, and the inbox is full; none of them is waited for.

@@ -43,6 +43,7 @@ def wild_messages(
     hops = st.lists(
         st.builds(Hop, peer, layer, layer, st.just(0.0), st.just(0.0), st.just("local")), max_size=3
     )
+    pages = st.lists(st.sampled_from(["a" * 32, "b" * 32]), max_size=3)
     sampling = st.builds(
         Sampling,
         temperature=st.sampled_from([0.0, 0.01, 1.0, 100.0]),
@@ -70,6 +71,7 @@ def wild_messages(
         sampling=sampling,
         stop_tokens=st.lists(token, max_size=2),
         history=st.lists(token, max_size=4),
+        pages=pages,
     ).map(lambda message: (message, b""))
     others = st.one_of(
         st.builds(Opened, session, epoch, position),
@@ -78,7 +80,7 @@ def wild_messages(
         st.builds(Token, session, epoch, position, token, hops, st.booleans()),
         st.builds(Grant, session, epoch, position),
         st.builds(Renew, st.lists(session, max_size=3)),
-        st.builds(Close, session),
+        st.builds(Close, session, pages),
         st.builds(Lost, session, epoch, peer),
         st.builds(Fetch, st.integers(0, 9), st.just("b" * 64)),
         st.builds(Files, st.integers(0, 9), st.just([]), st.just([])),

@@ -23,6 +23,7 @@ from shared.identity import PeerId
 from shared.protocol import (
     PREFILL_CHUNK,
     PREFILL_WINDOW,
+    PREFIX_PAGE,
     Close,
     Consumed,
     Decline,
@@ -272,3 +273,77 @@ def test_only_the_last_hop_draws_and_only_the_route_is_heard() -> None:
     assert machine.handle(Received(EVE, Failed(SESSION, 0, "I say so"))) == []
     assert machine.handle(Received(EVE, Lost(SESSION, 0, BOB))) == []
     assert machine.handle(Received(BOB, token)) == [Emit(Drawn(3, 7, [], stop=False))]
+
+
+# ---------------------------------------------------------------- sessions that begin alike
+
+
+def named(prompt: int = 200) -> ClientSession:
+    """One that names each page by how many tokens it ends behind."""
+
+    def names(tokens: Sequence[int]) -> list[str]:
+        return [f"{end:032x}" for end in range(PREFIX_PAGE, len(tokens) + 1, PREFIX_PAGE)]
+
+    request = Request(artefact="0" * 64, prompt=range(prompt), max_new_tokens=10)
+    return ClientSession(SESSION, request, Plan(BOB, EVE), names)
+
+
+PAGES = [f"{end:032x}" for end in (64, 128, 192)]
+
+
+def test_open_and_close_name_the_tokens_page_by_page() -> None:
+    machine = named(prompt=190)
+    opening = [send.message for send in sends(machine.start(), Open)]
+    assert [message.pages for message in opening if isinstance(message, Open)] == [PAGES[:2]] * 2
+    open_all(machine)
+    draw(machine, 190)
+    draw(machine, 191)
+
+    closing = [send.message for send in sends(machine.cancel(), Close)]
+    assert [message.pages for message in closing if isinstance(message, Close)] == [PAGES] * 2
+
+
+def test_the_prompt_begins_behind_what_every_hop_has_kept() -> None:
+    machine = named()
+    machine.start()
+    machine.handle(Received(ANN, Opened(SESSION, 0, 192)))
+    effects = machine.handle(Received(BOB, Opened(SESSION, 0, 128)))
+    assert steps(effects) == [(128, 72, True, False)]
+
+
+def test_without_a_part_at_every_hop_the_prompt_begins_at_its_beginning() -> None:
+    machine = named()
+    machine.start()
+    machine.handle(Received(ANN, Opened(SESSION, 0, 192)))
+    assert steps(machine.handle(Received(BOB, Opened(SESSION, 0, 0)))) == [(0, 200, True, False)]
+
+
+def test_however_much_was_kept_the_last_token_is_computed_anew() -> None:
+    machine = named()
+    machine.start()
+    assert steps(open_all(machine, position=1 << 20)) == [(199, 1, True, False)]
+
+
+def test_a_loss_in_mid_answer_is_replayed_from_the_beginning_whatever_the_new_hop_kept() -> None:
+    machine = named()
+    machine.start()
+    open_all(machine, position=64)
+    draw(machine, 200)
+    machine.handle(Received(ANN, Lost(SESSION, 0, BOB)))
+    assert steps(open_all(machine, position=128)) == [(200, 1, True, False)]
+
+    machine = named()
+    machine.start()
+    open_all(machine)
+    assert machine.route[1].peer == BOB
+    machine.handle(PeerLost(BOB))
+    effects = open_all(machine, position=128)
+    assert steps(effects) == [(128, 72, True, False)], "nothing was drawn yet: all hops are fresh"
+
+
+def test_nothing_is_to_be_kept_of_a_session_that_failed() -> None:
+    machine = named()
+    machine.start()
+    effects = machine.handle(Received(ANN, Failed(SESSION, 0, "out of memory")))
+    closing = [send.message for send in sends(effects, Close)]
+    assert [message.pages for message in closing if isinstance(message, Close)] == [[], []]

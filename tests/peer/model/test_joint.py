@@ -1,0 +1,174 @@
+"""Several sessions in one forward pass compute what each would compute alone, in any family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from peer.model.errors import BadInputs, CacheFull
+from peer.model.kv_cache import KVCache
+from peer.model.span import Span
+from tests.peer.model.families import CAPACITY, LAYERS, NAMED, VOCAB, WIDER, Tiny, random_tokens, tiny
+
+LENGTH = 24
+HELD = (0, 3, 11, 12, 17)
+"""Positions that five sessions hold when they meet; the sliding windows are 8 long."""
+PIECES = (6, 1, 1, 9, 1)
+"""What each then brings: beginnings and pieces of prompts among single tokens."""
+
+ONE_BY_ONE = {
+    "bloom",
+    "codegen",
+    "diffllama",
+    "falcon-40b",
+    "falcon-7b",
+    "falcon-alibi",
+    "gpt-j",
+    "gpt-neo",
+    "llama4",
+    "mpt",
+    "xglm",
+}
+"""Families whose attention is their own, or whose masks are."""
+
+
+@pytest.fixture(params=[*NAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDER)])
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def model(family: str) -> Tiny:
+    torch.manual_seed(2)
+    return tiny(family)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def together(
+    spans: Sequence[Span],
+    sessions: Sequence[Sequence[KVCache]],
+    inputs: Sequence[torch.Tensor],
+    positions: Sequence[int],
+) -> list[torch.Tensor | None]:
+    """The inputs of each session through all spans, each span computing all sessions as one."""
+    states: list[torch.Tensor | None] = list(inputs)
+    for index, span in enumerate(spans):
+        rows = [
+            span.row(state, caches[index], position)
+            for state, caches, position in zip(states, sessions, positions, strict=True)
+            if state is not None
+        ]
+        states = span.forward_rows(rows)
+    return states
+
+
+def test_it_is_found_out_which_families_can_be_joined(family: str, model: Tiny) -> None:
+    assert {span.joins_sessions for span in model.spans} == {family not in ONE_BY_ONE}
+
+
+def test_sessions_at_different_positions_get_the_logits_of_the_whole_model(model: Tiny) -> None:
+    texts = [random_tokens(1, LENGTH + 4) for _ in HELD]
+    sessions = [model.caches() for _ in HELD]
+    for text, caches, held in zip(texts, sessions, HELD, strict=True):
+        if held:
+            model.run(caches, text[:, :held], 0)
+    positions = list(HELD)
+
+    for counts in (PIECES, (1,) * 5, (1, 2, 1, 1, 3)):
+        ends = [position + count for position, count in zip(positions, counts, strict=True)]
+        inputs = [text[:, start:end] for text, start, end in zip(texts, positions, ends, strict=True)]
+        logits = together(model.spans, sessions, inputs, positions)
+        for text, end, mine in zip(texts, ends, logits, strict=True):
+            assert mine is not None
+            close(mine, model.expected(text[:, :end])[:, -1])
+        positions = ends
+
+
+def test_positions_taken_back_in_company_leave_no_trace(model: Tiny) -> None:
+    texts = [random_tokens(1, LENGTH) for _ in range(2)]
+    sessions = [model.caches() for _ in texts]
+    together(model.spans, sessions, [text[:, :12] for text in texts], [0, 0])
+    together(model.spans, sessions, [random_tokens(1, 5), random_tokens(1, 1)], [12, 9])
+
+    logits = together(model.spans, sessions, [texts[0][:, 12:15], texts[1][:, 4:15]], [12, 4])
+
+    for text, mine in zip(texts, logits, strict=True):
+        assert mine is not None
+        close(mine, model.expected(text[:, :15])[:, -1])
+
+
+# ---------------------------------------------------------------- one family is enough for the rest
+
+
+@pytest.fixture
+def llama() -> Span:
+    return Span.load(tiny("llama").checkpoint, 0, LAYERS)
+
+
+def test_a_row_that_wants_no_logits_gets_none_and_is_kept_all_the_same(llama: Span) -> None:
+    text = random_tokens(1, 10)
+    caches = [llama.new_cache(0, LAYERS, CAPACITY) for _ in range(2)]
+    rows = [
+        llama.row(text[:, :9], cache, 0, wants_logits=wants)
+        for cache, wants in zip(caches, (False, True), strict=True)
+    ]
+
+    without, with_logits = llama.forward_rows(rows)
+    assert without is None and with_logits is not None and with_logits.shape == (1, VOCAB)
+    assert llama.forward_rows([llama.row(text[:, :1], caches[1], 9, wants_logits=False)]) == [None]
+
+    close(llama.forward(text[:, 9:], caches[0], 9), tiny("llama").expected(text)[:, -1])
+
+
+def test_a_mistake_shows_before_the_pass_and_only_at_its_own_session(llama: Span) -> None:
+    cache = llama.new_cache(0, LAYERS, 4)
+    with pytest.raises(BadInputs, match="vocabulary"):
+        llama.row(torch.tensor([[VOCAB]]), cache, 0)
+    with pytest.raises(BadInputs, match="leaves a gap"):
+        llama.row(torch.tensor([[1]]), cache, 1)
+    with pytest.raises(CacheFull, match="5 positions do not fit"):
+        llama.row(random_tokens(1, 5), cache, 0)
+
+
+def test_rows_of_different_layers_are_no_pass(llama: Span) -> None:
+    rows = [llama.row(random_tokens(1, 1), llama.new_cache(0, end, CAPACITY), 0) for end in (2, LAYERS)]
+    with pytest.raises(ValueError, match="the same layers"):
+        llama.forward_rows(rows)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_follow_the_longest_session_are_computed_one_by_one(kind: str) -> None:
+    model = tiny(f"llama-{kind}")
+    assert not any(span.joins_sessions for span in model.spans)
+
+
+# ---------------------------------------------------------------- eight bits
+
+
+@pytest.mark.parametrize("family", NAMED)
+def test_eight_bit_caches_give_the_same_alone_and_together_and_nearly_what_the_model_gives(
+    family: str,
+) -> None:
+    model = tiny(family)
+    held = Span.load(model.checkpoint, 0, LAYERS, int8_kv=True)
+    texts = [random_tokens(1, 20) for _ in range(3)]
+    alone = [held.new_cache(0, LAYERS, CAPACITY) for _ in texts]
+    company = [[held.new_cache(0, LAYERS, CAPACITY)] for _ in texts]
+    for text, cache in zip(texts, alone, strict=True):
+        held.forward(text[:, :17], cache, 0)
+    together([held], company, [text[:, :17] for text in texts], [0] * 3)
+
+    for position in (17, 18, 19):
+        inputs = [text[:, position : position + 1] for text in texts]
+        joined = together([held], company, inputs, [position] * 3)
+        for text, cache, one, mine in zip(texts, alone, inputs, joined, strict=True):
+            assert mine is not None
+            expected = model.expected(text[:, : position + 1])[:, -1]
+            assert (held.forward(one, cache, position) - expected).norm() < 0.03 * expected.norm()
+            assert (mine - expected).norm() < 0.03 * expected.norm()
