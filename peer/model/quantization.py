@@ -27,7 +27,10 @@ NAMES = ("auto", "none", "fp16", "int8", "int8-fast", "int4", "nf4")
 
 @dataclass(frozen=True)
 class Form:
-    """One kind of Weights. `restore` makes them of the tensors that they kept: tensors, outputs, inputs."""
+    """One kind of Weights. `restore` makes them of the tensors that they kept: tensors, outputs, inputs.
+
+    `name` stands in files on disk: when the layout of the tensors changes, so must it.
+    """
 
     name: str
     pack: Callable[[torch.Tensor], Weights]

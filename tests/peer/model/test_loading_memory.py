@@ -47,9 +47,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_span_is_never_twice_in_memory(directory: Path, tmp_path: Path, quantize: str) -> None:
     module = "tests.peer.model.test_loading_memory"
     command = [sys.executable, "-m", module, str(directory), str(tmp_path), quantize]
-    runs = [
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=150) for _ in range(2)
-    ]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, timeout=80) for _ in range(2)]
     read, from_cache = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
 
     assert read["span"] > 80 * MB

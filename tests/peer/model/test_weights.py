@@ -37,7 +37,7 @@ def packed(name: str, weight: torch.Tensor, *, flipped: bool = False) -> PackedW
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual.detach() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", TOLERANCE)
@@ -182,6 +182,15 @@ def test_a_family_computes_with_packed_weights(model: Tiny, name: str, tmp_path:
 
     assert 0 < error(once, model.expected(tokens)) < ERROR[name]
     assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("name", ["nf4", "llm-int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_family_computes_with_the_weights_of_gpus(family: str, name: str) -> None:
+    torch.manual_seed(1)
+    model, tokens = tiny(family), random_tokens(1, 20)
+
+    assert 0 < error(logits(model, name, None, tokens), model.expected(tokens)) < ERROR[name]
 
 
 @pytest.mark.parametrize("name", FAST)
