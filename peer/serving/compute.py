@@ -134,7 +134,9 @@ def _forward(span: Span, rows: Sequence[tuple[Work, Row]]) -> list[tuple[Work, R
         if len(rows) == 1:
             rows[0][0].error = error
             return []
-        # Whose fault it was shows when each is alone.
+        # Whose fault it was shows when each is alone. Some layers may have kept the new positions already.
+        for _, row in rows:
+            row.cache.truncate(row.cache.length)
         return [result for pair in rows for result in _forward(span, [pair])]
     return [(work, row, output) for (work, row), output in zip(rows, outputs, strict=True)]
 

@@ -87,7 +87,7 @@ class Service:
         self.prefixes = Prefixes()
         self.draining = False
         self.ms_per_layer: float | None = None
-        """One decode step through one layer, smoothed over the last steps."""
+        """One decode step through one layer, with all that was in its pass, smoothed over the last steps."""
         self.dropped_replies = 0
         """Answers that were not sent, since too many others wait for participants that do not read."""
         self._replies = 0

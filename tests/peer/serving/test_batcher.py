@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from peer.model.checkpoint import open_checkpoint
 from peer.model.errors import BadInputs
+from peer.model.joint import JointCache
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 from peer.serving.batcher import MOST_SINGLES, SMALLEST_PIECE, TARGET_MS, Batcher, Pace, choose
@@ -313,12 +314,16 @@ async def test_what_is_wrong_with_one_step_is_not_wrong_with_the_others() -> Non
 
 
 async def test_a_pass_that_fails_as_a_whole_is_computed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when some layers have kept the new positions before it failed."""
     held = span()
+    attend = JointCache.attend
 
-    def fails(*_: Any) -> None:  # noqa: ANN401
-        raise RuntimeError("out of memory")
+    def fails(joint: JointCache, *arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        if joint.attended == 3:
+            raise RuntimeError("out of memory")
+        return attend(joint, *arguments)
 
-    monkeypatch.setattr(held, "_together", fails)
+    monkeypatch.setattr(JointCache, "attend", fails)
     prompts = [random_prompt(seed, 4 + seed) for seed in range(3)]
     async with batching(held) as batcher:
         answers = await asyncio.gather(*(answer(batcher, prompt, 4) for prompt in prompts))
