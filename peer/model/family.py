@@ -119,15 +119,22 @@ def compute_experts_one_by_one(model: PreTrainedModel) -> None:
         choose("eager")
 
 
+def embedding_name(model: PreTrainedModel) -> str | None:
+    """The parameter of the embedding, if the model still has it and it is a plain table of rows."""
+    table: nn.Module = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding) or table._parameters.get("weight") is None:
+        return None
+    return next(f"{path}.weight" for path, part in model.named_modules() if part is table)
+
+
 def tied_head(model: PreTrainedModel) -> str | None:
     """The parameter of the head, if it has none of its own but the embedding's."""
-    names = model.all_tied_weights_keys or {}
     head = cast(Callable[[], nn.Module | None], model.get_output_embeddings)()
-    weight = head._parameters.get("weight") if head is not None else None
-    paths = [path for path, part in model.named_modules() if part is head]
-    return next(
-        (f"{path}.weight" for path in paths if f"{path}.weight" in names and weight is not None), None
-    )
+    if head is None or head._parameters.get("weight") is None:
+        return None
+    name = next(f"{path}.weight" for path, part in model.named_modules() if part is head)
+    source = (model.all_tied_weights_keys or {}).get(name)
+    return name if source is not None and source == embedding_name(model) else None
 
 
 def put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:

@@ -16,47 +16,58 @@ from peer.model.weights import PackedWeight, Weights
 class Packer:
     """Packs the weights of one model that is being loaded. `cache` keeps them for the next time, if given.
 
-    Once: `restore`, then `pack` for what was not restored, then `pack_head`.
+    `restore` comes first; then `pack` gets what was not restored.
     """
 
     def __init__(
         self, model: PreTrainedModel, quantization: Quantization, cache: QuantizedCache | None = None
     ) -> None:
         self.restored: set[str] = set()
-        """Parameters that came from disk: nothing of the checkpoint need be read for them."""
+        """Parameters that came from disk."""
         self._model = model
         self._quantization = quantization
         self._cache = cache if quantization.cacheable else None
         self._flipped = family.packable(model)
+        self._embedding = family.embedding_name(model)
         self._head = family.tied_head(model)
+        if self._head is not None:
+            # It gets packed weights of its own, made when the embedding is read.
+            model.all_tied_weights_keys = {}
         self._unsaved: dict[str, dict[str, PackedWeight]] = {}
         family.compute_experts_one_by_one(model)
 
     @property
     def head_packed(self) -> bool:
         """Whether the head shared the embedding's weights, and now has its own."""
-        if self._head is None or self._head not in self._flipped:
+        if self._head is None:
             return False
         return isinstance(self._model.get_parameter(self._head), PackedWeight)
 
     def wants(self, name: str) -> bool:
-        """Whether this parameter is to be packed when it is read. The head follows once it is tied."""
-        return name in self._flipped and name not in self.restored and name != self._head
+        """Whether this parameter is to be packed when it is read."""
+        return name == self._embedding or (name in self._flipped and name not in self.skipped)
 
-    def pack(self, name: str, tensor: torch.Tensor) -> PackedWeight:
+    @property
+    def skipped(self) -> set[str]:
+        """Parameters for which nothing of the checkpoint need be read."""
+        return self.restored | ({self._head} if self._head is not None else set())
+
+    def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The packed form of one parameter. A layer is saved when it is complete."""
+        if name == self._embedding:
+            return self._pack_embedding(tensor)
         flipped = self._flipped[name]
         matrices = pack_matrices(self._form(name), tensor, flipped=flipped)
         packed = PackedWeight.of(matrices, tensor.shape, tensor, flipped=flipped)
         self._save_later(name, packed)
         return packed
 
-    def pack_head(self) -> None:
-        """Give a head that shares the embedding's weights packed ones of its own."""
-        if self._head is None or self._head not in self._flipped or self._head in self.restored:
-            return
-        weight = self._model.get_parameter(self._head)
-        family.put(self._model, self._head, self.pack(self._head, weight.detach()))
+    def _pack_embedding(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The embedding, and of the same numbers the head if it has no others."""
+        if self._head is not None and self._head not in self.restored:
+            family.put(self._model, self._head, self.pack(self._head, tensor))
+        form = self._quantization.embedding
+        return PackedWeight.of([form.pack(tensor)], tensor.shape, tensor) if form else tensor
 
     def restore(self) -> None:
         """Take the layers that are on disk as a whole, and put them into the model."""
@@ -71,8 +82,6 @@ class Packer:
             for name, packed in whole.items():
                 family.put(self._model, name, packed)
                 self.restored.add(name)
-        if self._head in self.restored:
-            self._model.all_tied_weights_keys = {}
 
     def _restored(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight | None:
         like = self._model.get_parameter(name)

@@ -16,7 +16,7 @@ from peer.model.block_quant import BlockQuantized
 from peer.model.errors import NoKernel
 from peer.model.int8 import Int8
 from peer.model.packed_fp16 import PackedFp16
-from peer.model.weights import Weights
+from peer.model.weights import Rows, Weights
 from shared.errors import SettingsError
 
 log = logging.getLogger(__name__)
@@ -39,19 +39,23 @@ class Form:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The forms of a whole span, under the name by which artefacts tell them apart."""
+    """The forms of a whole span, under the name by which artefacts tell them apart.
+
+    The embedding stays as it is read unless it has a form.
+    """
 
     name: str
     layers: Form
     head: Form
+    embedding: Form | None = None
 
     @property
     def cacheable(self) -> bool:
         """Whether its numbers can be kept in files. FBGEMM's layout cannot, and packing it is fast."""
         return self.layers.restore is not None
 
-    def forms(self) -> dict[str, Form]:
-        return {form.name: form for form in (self.layers, self.head)}
+
+ROWS = Form("rows", Rows)
 
 
 def choose(
@@ -92,20 +96,20 @@ def _for_cpu(asked: str, kernels: Path) -> Quantization:
         if not packed_fp16.available():
             raise SettingsError("--quantize fp16 needs an x86 processor: write none or int8")
         form = Form("fp16", PackedFp16)
-        return Quantization("fp16", form, form)
+        return Quantization("fp16", form, form, ROWS)
     if asked == "int8":
         form = Form("int8", Int8.pack, _restore_int8)
-        return Quantization("int8", form, form)
+        return Quantization("int8", form, form, ROWS)
     if asked == "nf4":
         log.warning("nf4 is several times slower on a CPU than full precision: int4 takes as little memory")
         form = Form("nf4", Nf4)
-        return Quantization("nf4", form, form)
+        return Quantization("nf4", form, form, ROWS)
     try:
         eight, four = (_block_form(kernels, bits) for bits in (8, 4))
     except NoKernel as error:
         raise SettingsError(f"--quantize {asked} is not possible here: {error}; int8 needs none") from error
     # The head decides between tokens and is a small part of most models: it keeps 8 bits.
-    return Quantization(asked, eight if asked == "int8-fast" else four, eight)
+    return Quantization(asked, eight if asked == "int8-fast" else four, eight, ROWS)
 
 
 def _restore_int8(tensors: Mapping[str, torch.Tensor], _: int, inputs: int) -> Weights:

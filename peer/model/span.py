@@ -328,13 +328,12 @@ class Span:
         if packer:
             packer.restore()
             self._drop_tied_embedding(packer)
-        names = family.names_to_read(model, checkpoint.tensor_names, packer.restored if packer else set())
+        names = family.names_to_read(model, checkpoint.tensor_names, packer.skipped if packer else set())
         checkpoint.fetch(names, progress)
         # Mapped files count as memory once they are read: only tensors that are used as they lie stay so.
         in_place = None if packer else self.dtype
         family.fill(model, read_later(checkpoint, names, progress, in_place), self.dtype, self.device, packer)
         if packer:
-            packer.pack_head()
             self._drop_tied_embedding(packer)
 
     def _drop_tied_embedding(self, packer: Packer) -> None:

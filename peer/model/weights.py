@@ -41,6 +41,29 @@ class Weights(ABC):
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
+class Rows(Weights):
+    """An embedding: rows that are looked up, kept in float16 if their numbers allow it."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.outputs, self.inputs = table.shape
+        least, most = table.aminmax()
+        fits = max(-float(least), float(most)) <= torch.finfo(torch.float16).max
+        self._table = table.half() if fits else table
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [...] -> float32 [..., inputs]."""
+        return self._table[ids].float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float() @ self.dense().T
+
+    def dense(self) -> torch.Tensor:
+        return self._table.float()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"table": self._table}
+
+
 class _Product(torch.autograd.Function):
     """Frozen weights: a gradient passes through them to `x`."""
 
@@ -138,6 +161,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return result if bias is None else result + bias
 
 
+def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: object, **__: object) -> Answer:
+    if not isinstance(weight, PackedWeight) or not isinstance(rows := weight.matrices[0], Rows):
+        return None
+    return rows.look_up(ids)
+
+
 def _matmul(x: torch.Tensor, weight: torch.Tensor) -> Answer:
     if not isinstance(weight, PackedWeight) or not weight.flipped:
         return None
@@ -177,6 +206,7 @@ Answer = torch.Tensor | None
 
 _ANSWERS: dict[Any, Callable[..., Answer]] = {
     nn.functional.linear: _linear,
+    nn.functional.embedding: _embedding,
     torch.matmul: _matmul,
     torch.mm: _matmul,
     torch.bmm: _matmul,

@@ -17,7 +17,7 @@ from peer.model.quantization import choose
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span
 from shared.errors import SettingsError
-from tests.peer.model.families import FAMILIES, random_model, random_tokens, save
+from tests.peer.model.families import FAMILIES, random_model, random_tokens, save, tiny
 from tests.peer.model.quantizations import kernels, quantization
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -173,6 +173,24 @@ def test_another_span_takes_the_layers_that_are_there(directory: Path, tmp_path:
     assert whole.bytes_read < fresh.bytes_read
     tokens = random_tokens(1, 9)
     assert torch.equal(run(whole, tokens), run(fresh, tokens))
+
+
+@pytest.mark.parametrize("name", ["fp16", "int4"])
+def test_a_head_without_weights_of_its_own_gets_some(name: str, tmp_path: Path) -> None:
+    model = tiny("qwen3")
+    tokens, cache = random_tokens(1, 9), QuantizedCache(tmp_path)
+    results = []
+    for _ in range(2):
+        first, last = (
+            Span.load(model.checkpoint, start, end, quantization=quantization(name), quantized=cache)
+            for start, end in ((0, 3), (3, 6))
+        )
+        states = first.forward(tokens, first.new_cache(0, 3, 9), 0)
+        results.append(last.forward(states, last.new_cache(3, 6, 9), 0))
+        # The embedding itself is not kept where nobody looks tokens up.
+        assert last.weights_bytes < first.weights_bytes + 96 * 32 * 2
+
+    assert torch.equal(*results)
 
 
 def test_fp16_needs_no_files(directory: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from peer.model.bits_and_bytes import LlmInt8, Nf4
 from peer.model.quantization import pack_matrices
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span
-from peer.model.weights import PackedWeight, Weights
+from peer.model.weights import PackedWeight, Rows, Weights
 from tests.peer.model.families import CUTS, NAMED, WIDER, Tiny, random_tokens, tiny
 from tests.peer.model.quantizations import ERROR, FAST, quantization
 
@@ -117,6 +117,19 @@ def test_linear_conv1d_and_experts_do_not_know_that_their_weights_are_packed() -
         assert error(x @ turned[expert], x @ experts[2].T) < 4e-4
     rows = torch.randn(4, 5, 32)
     assert error(torch.bmm(rows, turned), rows @ experts.transpose(1, 2)) < 4e-4
+
+
+def test_an_embedding_is_looked_up_in_half_the_memory() -> None:
+    table, ids = torch.randn(50, 32), torch.tensor([[3, 49], [0, 3]])
+    embedding: Any = nn.Embedding(50, 32, padding_idx=0)
+    embedding.weight = PackedWeight.of([Rows(table)], table.shape, table)
+
+    found = embedding(ids)
+
+    assert (found.shape, found.dtype) == ((2, 2, 32), torch.float32)
+    torch.testing.assert_close(found, table[ids], rtol=1e-3, atol=1e-6)
+    assert embedding.weight.nbytes == table.nbytes / 2
+    assert torch.equal(Rows(table * 1e6).look_up(ids), table[ids] * 1e6)
 
 
 def test_operations_that_are_not_known_get_the_dense_numbers() -> None:
