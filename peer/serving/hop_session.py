@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Protocol, assert_never
 
@@ -45,6 +45,7 @@ from shared.protocol import (
     Tensor,
     Token,
 )
+from shared.tensors import tensor_bytes
 
 log = logging.getLogger(__name__)
 
@@ -266,6 +267,38 @@ class HopSession:
             raise BadInputs(f"a step came with {len(step.hops)} hops, from only {self.open.index} before me")
         if step.count > PREFILL_WINDOW:
             raise BadInputs(f"a step brings at most {PREFILL_WINDOW} positions, not {step.count}")
+        for piece in self._cut(inputs):
+            await self._compute(piece)
+        if self.epoch == step.epoch:
+            await self._ask_for_more(inputs)
+
+    def _cut(self, inputs: Inputs) -> Iterator[Inputs]:
+        """A long step in pieces, so that the next hop computes one while this one computes the next."""
+        step, pace = inputs.step, self._around.batcher.pace
+        whole = self._next() is None or len(inputs.body) != tensor_bytes(step.tensor)
+        start, row = 0, len(inputs.body) // step.count
+        while start < step.count:
+            end = step.count if whole else min(start + pace.piece, step.count)
+            if step.count - end == 1:
+                end = step.count  # alone it would travel in the lane of tokens, and overtake the others
+            piece = msgspec.structs.replace(
+                step,
+                position=step.position + start,
+                count=end - start,
+                tensor=Tensor(step.tensor.dtype, [end - start, *step.tensor.shape[1:]]),
+                sample=step.sample and end == step.count,
+            )
+            body = inputs.body[start * row : end * row]
+            yield (
+                inputs
+                if end - start == step.count
+                else msgspec.structs.replace(inputs, step=piece, body=body)
+            )
+            start = end
+
+    async def _compute(self, inputs: Inputs) -> None:
+        step = inputs.step
+        assert self._cache is not None
         draw = self._draw(step) if self._next() is None and step.sample else None
         computed = await self._around.batcher.compute(self._cache, step, inputs.body, draw)
         self._around.stepped(self.mine.end - self.mine.start, step.count, computed.computed_ms)
@@ -273,7 +306,6 @@ class HopSession:
             self._log.write(step.position, computed.body)
         if self.epoch == step.epoch:
             await self._pass_on(inputs, computed)
-            await self._ask_for_more(inputs)
 
     async def _ask_for_more(self, inputs: Inputs) -> None:
         """Whoever feeds us a prompt, or replays one, keeps to what we have told to be done."""

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from peer.model.checkpoint import open_checkpoint
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
+from peer.serving.batcher import Pace
 from peer.serving.compute import Computed, Draw, Work, compute_pass
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
@@ -30,6 +31,7 @@ from shared.channel import Channel, Priority
 from shared.errors import ConnectionLost
 from shared.identity import PeerId
 from shared.protocol import (
+    PREFILL_WINDOW,
     Consumed,
     Open,
     Opened,
@@ -106,6 +108,18 @@ def compute(held: Span, cache: KVCache, asked: Step, body: bytes, draw: Draw | N
     work = Work(cache, asked, body, draw)
     compute_pass(held, [(work, asked.count)])
     return work.result()
+
+
+class Steady(Pace):
+    """Always the same piece, however fast the machine."""
+
+    def __init__(self, piece: int) -> None:
+        super().__init__()
+        self._always = piece
+
+    @property
+    def piece(self) -> int:
+        return self._always
 
 
 def ids_body(tokens: Sequence[int]) -> bytes:
@@ -208,6 +222,7 @@ class House:
         self.service = Service(
             self.me, held, Offer(**(fields | offer)), self.budget, self._dial, lease_s=lease_s
         )
+        self.service.batcher.pace = Steady(PREFILL_WINDOW)
         self._parties: dict[str, Party] = {}
 
     def party(self, name: str) -> Party:

@@ -30,6 +30,7 @@ from tests.peer.serving.parties import (
     LAYERS,
     SOON_S,
     VOCABULARY,
+    Steady,
     expected_tokens,
     house,
     ids_body,
@@ -41,18 +42,6 @@ from tests.peer.serving.parties import (
 GREEDY = Draw(Sampling(), [], 0)
 NEAR_TIE = 1e-3
 """Two logits so close may change places when sums are made in another order."""
-
-
-class Steady(Pace):
-    """Always the same piece, however fast the machine."""
-
-    def __init__(self, piece: int) -> None:
-        super().__init__()
-        self._always = piece
-
-    @property
-    def piece(self) -> int:
-        return self._always
 
 
 @asynccontextmanager

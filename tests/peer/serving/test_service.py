@@ -49,6 +49,7 @@ from tests.peer.serving.parties import (
     SOON_S,
     House,
     Party,
+    Steady,
     expected_states,
     expected_tokens,
     house,
@@ -155,6 +156,27 @@ async def test_a_middle_hop_passes_on_what_the_layers_give() -> None:
         assert (mine.peer, mine.start, mine.end, mine.path) == (home.me, 2, 4, "direct")
         # One way of a pipe whose round trip takes 8 ms.
         assert mine.link_ms == 4.0 and mine.computed_ms > 0
+
+
+async def test_a_middle_hop_passes_a_long_step_on_in_pieces() -> None:
+    """So the next hop computes one while this one computes the next; only the last one asks for a token."""
+    text = tuple((7 * place) % 128 for place in range(49))
+    states = expected_states(text, 2)
+    async with house(span(2, 4)) as home:
+        home.service.batcher.pace = Steady(16)
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        await asker.opens(home.open(*MIDDLE, max_tokens=60))
+
+        await ann.say(states_step(0, 49, sample=True), states_body(states))
+        heard = [await eve.hear_step() for _ in range(3)]
+
+        pieces = [(passed.position, passed.count, passed.sample) for passed, _ in heard]
+        # A last piece of one position would overtake the others.
+        assert pieces == [(0, 16, False), (16, 16, False), (32, 17, True)]
+        got = torch.frombuffer(bytearray(b"".join(body for _, body in heard)), dtype=torch.float32)
+        torch.testing.assert_close(got.view(-1, HIDDEN), expected_states(text, 4), rtol=1e-4, atol=1e-4)
+        assert [len(passed.hops) for passed, _ in heard] == [1, 1, 1]
+        assert (await ann.hear(Consumed)).position == 49
 
 
 async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
