@@ -120,6 +120,8 @@ class HopSession:
         self._held: Arrival | None = None
         self._credit = 0
         self._next_caught_up = False
+        self._prompt_before = False
+        """The step before this one was part of a prompt or replay that goes on."""
         self._allowed: int | None = None
         """Up to which position the next hop may be sent steps of a prompt; None before the first one."""
         self._stirred = asyncio.Event()
@@ -231,6 +233,7 @@ class HopSession:
         self._history = list(opened.history)
         self._next_caught_up = False
         self._allowed = None
+        self._prompt_before = False
         fed_by = _as_fresh(opened.route[: opened.index])
         if self._cache is None or moved or self.mine.fresh:
             self._fed_by = fed_by
@@ -343,8 +346,9 @@ class HopSession:
         if catching_up:
             await self._replay(following, step.position)
         self._next_caught_up = self._next_caught_up or not step.replay
-        # Behind a replay the first step must not overtake it, so it takes the same lane.
-        urgent = step.count == 1 and not catching_up and not step.replay
+        # Behind a replay or a prompt its last step must not overtake the rest, so it takes the same lane.
+        urgent = step.count == 1 and step.sample and not catching_up and not self._prompt_before
+        self._prompt_before = not step.sample
         if urgent or await self._may_send(onward):
             await self._send(following, onward, computed.body, urgent=urgent)
 

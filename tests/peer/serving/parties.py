@@ -144,6 +144,8 @@ class Pipe(Channel):
         self.reading = asyncio.Event()
         self.reading.set()
         self._party = party
+        self.lanes: list[Priority] = []
+        """By which priority each step came."""
 
     async def send(
         self,
@@ -154,6 +156,8 @@ class Pipe(Channel):
         if self.closed.is_set():
             raise ConnectionLost(f"the pipe of {self.peer[:8]} is closed")
         await self.reading.wait()
+        if isinstance(message, Step):
+            self.lanes.append(priority)
         heard = self._party.makes_room if isinstance(message, Consumed) else self._party.inbox
         heard.put_nowait((decode(encode(message), PeerMessage), bytes(body)))
 

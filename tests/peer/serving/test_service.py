@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from peer.serving.hop_session import INBOX_SIZE
 from peer.serving.service import MAX_REPLIES
+from shared.channel import Priority
 from shared.errors import ProtocolError
 from shared.identity import PeerId
 from shared.protocol import (
@@ -177,6 +178,22 @@ async def test_a_middle_hop_passes_a_long_step_on_in_pieces() -> None:
         torch.testing.assert_close(got.view(-1, HIDDEN), expected_states(text, 4), rtol=1e-4, atol=1e-4)
         assert [len(passed.hops) for passed, _ in heard] == [1, 1, 1]
         assert (await ann.hear(Consumed)).position == 49
+
+
+async def test_the_last_position_of_a_prompt_does_not_overtake_the_rest() -> None:
+    states = expected_states(tuple(PROMPT), 2)
+    last = len(PROMPT) - 1
+    async with house(span(2, 4)) as home:
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        await asker.opens(home.open(*MIDDLE))
+
+        await ann.say(states_step(0, last), states_body(states[:last]))
+        await ann.say(states_step(last, 1, sample=True), states_body(states[last:]))
+        await ann.say(states_step(last + 1, 1, sample=True), states_body(states[:1]))
+        for _ in range(3):
+            await eve.hear_step()
+
+        assert eve.pipe.lanes == [Priority.PREFILL, Priority.PREFILL, Priority.DECODE]
 
 
 async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
