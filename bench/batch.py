@@ -28,6 +28,7 @@ from bench.models import random_llama
 from bench.one_process import prompt
 from peer.model.checkpoint import open_checkpoint
 from peer.model.kv_cache import KVCache
+from peer.model.quantization import choose
 from peer.model.span import Span
 from peer.serving.batcher import Batcher
 from peer.serving.compute import Draw
@@ -102,12 +103,13 @@ async def measure(span: Span, options: argparse.Namespace) -> dict[int, list[flo
     return rates
 
 
-def load(name: str, folder: Path, layers: int | None) -> Span:
+def load(name: str, folder: Path, layers: int | None, quantize: str) -> Span:
     shape = dict(SHAPES[name])
     if layers is not None:
         shape["num_hidden_layers"] = layers
     checkpoint = open_checkpoint(str(random_llama(folder / name, **shape)))
-    return Span.load(checkpoint, 0, checkpoint.layer_count)
+    quantization = choose(quantize, torch.float32, torch.device("cpu"), folder / "kernels")
+    return Span.load(checkpoint, 0, checkpoint.layer_count, quantization=quantization)
 
 
 def main() -> None:
@@ -120,16 +122,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="positions that each session begins with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quantize", default="auto", help="as a peer's: auto, none, int8, int8-fast or int4")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(
         f"{options.rounds} rounds of {options.tokens} tokens behind {options.context} positions, "
-        f"{options.threads} threads, {os.cpu_count()} cores, Python {platform.python_version()}"
+        f"weights {options.quantize}, {options.threads} threads, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}"
     )
     result: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="corolla-batch-") as folder:
         for name in options.models.split(","):
-            span = load(name, Path(folder), options.layers)
+            span = load(name, Path(folder), options.layers, options.quantize)
             rates = {width: median(each) for width, each in asyncio.run(measure(span, options)).items()}
             for width, rate in rates.items():
                 result.setdefault(f"batch{width}_tokens_per_s", {})[name] = round(rate, 2)
