@@ -24,7 +24,7 @@ from statistics import median
 
 import torch
 
-from bench.models import random_llama
+from bench.models import SHAPES, random_llama
 from bench.one_process import prompt
 from peer.model.checkpoint import open_checkpoint
 from peer.model.kv_cache import KVCache
@@ -37,16 +37,6 @@ from shared.background import Background
 from shared.protocol import Sampling, Step, Tensor
 
 WIDTHS = (1, 4, 16)
-SHAPES: dict[str, dict[str, int]] = {
-    "100m": {},
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-}
 GREEDY = Draw(Sampling(), [], 0)
 
 

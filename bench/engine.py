@@ -23,21 +23,10 @@ import torch
 
 from bench.engines import Engine, LlamaCpp, OneSpan, Times, transformers_engines
 from bench.gguf_file import write_gguf
-from bench.models import random_llama
+from bench.models import SHAPES, random_llama
 from bench.one_process import prompt
 from peer.settings import default_threads
 
-SHAPES: dict[str, dict[str, int]] = {
-    "100m": {},
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-}
 SPANS = {"f32": "none", "fp16": "fp16", "int8": "int8", "int8-fast": "int8-fast", "int4": "int4"}
 PREFILL = 512
 CONTEXTS = (128, 1024)

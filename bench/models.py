@@ -12,6 +12,19 @@ from peer.settings import DEMO_MODEL
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+SHAPES: dict[str, dict[str, int]] = {
+    "100m": {},
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+"""What `random_llama` changes for models of about so many parameters."""
+
 
 def random_llama(directory: Path, **changes: int) -> Path:
     """A Llama of about 110 million parameters with random float32 weights, saved under `directory`.
