@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, assert_never
 
@@ -54,6 +54,7 @@ from shared.protocol import (
 log = logging.getLogger(__name__)
 
 CREDIT_DELAY_S = 0.05
+CANCEL_AGAIN_S = 0.2
 # For a peer whose relay connection closed: a killed process answers nothing, a living one in a round trip.
 PROOF_TICK_S = 0.05
 PROOF_TICKS = 5
@@ -318,9 +319,7 @@ class Channel:
             tasks.create_task(self._handle())
             seeking = [tasks.create_task(self._upgrade.run()), tasks.create_task(self._sockets.run())]
             await self.closed.wait()
-            for each in seeking:
-                each.cancel()
-            await asyncio.wait(seeking)
+            await _end(seeking)
             # The handler may still be at its last message.
             self._links_stopped.set()
 
@@ -703,3 +702,16 @@ class Channel:
             self._quiet = True
             for link in self.directs:
                 link.lost.set()
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they end.
+
+    aiortc waits by `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes together with what
+    it waits for (bpo-42130): the attempt at a direct link then went on for ever, and its channel never closed.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_S)

@@ -7,7 +7,7 @@ import random
 import time
 from array import array
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 import pytest
 
@@ -539,3 +539,19 @@ async def test_relay_only_ends_stay_on_the_relay() -> None:
 
         assert channel.path == "relayed"
         assert channel.direct is None
+
+
+async def test_a_link_is_stopped_though_a_library_loses_the_first_cancellation() -> None:
+    begun = asyncio.Event()
+
+    async def deaf_once() -> None:
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(deaf_once())
+    await begun.wait()
+    async with asyncio.timeout(10):
+        await channel_file._end([task])
+    assert task.cancelled()
