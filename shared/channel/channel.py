@@ -707,8 +707,8 @@ class Channel:
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
     """Cancel tasks until they end.
 
-    aiortc waits by `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes together with what
-    it waits for (bpo-42130): the attempt at a direct link then went on for ever, and its channel never closed.
+    aiortc waits by `asyncio.wait_for`, which in Python 3.11 loses a cancellation that comes together with
+    what it waits for (bpo-42130): the attempt at a direct link then went on, and its channel never closed.
     """
     left = set(tasks)
     while left:
