@@ -29,6 +29,7 @@ from tests.shared.channel.ends import (
 
 LASTS_S = 12.0
 SIZES = (0, 400, 2_000, 40_000)
+KINDS = {"relayed", "data channel", "socket"}
 
 
 @pytest.mark.slow
@@ -82,10 +83,13 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
             return number
 
         async def cut() -> None:
-            """Never both relays at once without time to return: then a peer counts as gone, rightly."""
+            """Never both relays at once without time to return: then a peer counts as gone, rightly.
+
+            A busy machine may need longer than usual until each kind of path has carried something.
+            """
             renewed = 0.0
             until_s = time.monotonic() + LASTS_S
-            while time.monotonic() < until_s:
+            while time.monotonic() < until_s or not kinds >= KINDS:
                 await asyncio.sleep(chance.random() * 0.6)
                 victim = chance.choice([channel, back])
                 harm = chance.choice(["cut", "swallow", "close", "relay", "doubt"])
@@ -116,4 +120,4 @@ async def test_streams_arrive_whole_while_every_path_is_cut(
                 tasks.create_task(cut())
         assert [task.result() for task in sent] == [task.result() for task in got]
         assert min(task.result() for task in got) > 500
-        assert kinds >= {"relayed", "data channel", "socket"}
+        assert kinds >= KINDS
