@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,11 @@ class Children:
         """Ours, without settings that were meant for us; and a home of its own."""
         ours = {key: value for key, value in os.environ.items() if not key.startswith("COROLLA_")}
         return {**ours, "COROLLA_HOME": str(self._folder / name), "PYTHONUNBUFFERED": "1"}
+
+
+def room_command(room: str, *arguments: str) -> list[str]:
+    """The command line of a room, as people type it, that also ends when we do."""
+    return [sys.executable, "-m", "web.tethered", room, *arguments]
 
 
 async def _pour(output: asyncio.StreamReader, log: Path) -> None:

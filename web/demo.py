@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sys
 import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,7 +19,7 @@ from shared.errors import CorollaError
 from shared.identity import Identity
 from shared.spans import Span
 from web.app import Gateway, GatewaySettings
-from web.children import Child, Children
+from web.children import Child, Children, room_command
 
 NAMES = ("ann", "bob", "eve", "kim", "leo", "mia")
 """As many peers as the demo model has layers."""
@@ -66,7 +65,7 @@ class _Demo:
             self._console.print(f"{child.obituary()}; the demo goes on", style="yellow", markup=False)
 
     async def start_relay(self, children: Children) -> str:
-        command = _command("relay", "--host", "127.0.0.1", "--port", "0", "--stun-port", "0")
+        command = room_command("relay", "--host", "127.0.0.1", "--port", "0", "--stun-port", "0")
         child, line = await children.start_and_hear("relay", [*command, "--log-level", self._log_level])
         found = re.search(r"https?://[^\s,]+", line)
         if found is None:
@@ -80,7 +79,7 @@ class _Demo:
     ) -> None:
         """Each lends an equal part of the built-in model, on one core."""
         for number, name in enumerate(names, 1):
-            command = _command("peer", "--relay", relay_url, "--name", name, "--threads", "1")
+            command = room_command("peer", "--relay", relay_url, "--name", name, "--threads", "1")
             command += ["--layers", f"{number}/{len(names)}", "--kv-memory", "256MB"]
             # All on this machine: no port needs to be open to the network.
             command += ["--listen", "off"]
@@ -116,7 +115,3 @@ class _Demo:
         """Before the start every layer is needed, and each peer has its own."""
         if self._ended:
             raise DemoFailed(f"the demo could not start: {self._ended[0].obituary()}")
-
-
-def _command(room: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "web.tethered", room, *arguments]

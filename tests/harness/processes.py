@@ -8,9 +8,7 @@ async with ProcessSwarm(model, folder) as swarm:
 
 from __future__ import annotations
 
-import asyncio
 import re
-import sys
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -21,7 +19,8 @@ from shared.client.session import Drawn, Request, Rerouted
 from shared.client.swarm_client import SwarmClient
 from shared.identity import Identity, PeerId
 from shared.protocol import Sampling
-from web.children import Child, Children
+from tests.harness.swarm import until
+from web.children import Child, Children, room_command
 
 READY_S = 120.0
 """A busy machine loads torch once for each peer."""
@@ -39,16 +38,14 @@ class ProcessSwarm:
         self._threads = threads
         self._direct = direct
         self._processes: Children
-        self._ended = asyncio.Event()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._processes = await stack.enter_async_context(
-                Children(self._folder, lambda _: self._ended.set())
-            )
-            command = _command("relay", "--host", "127.0.0.1", "--port", "0", "--stun-port", "0")
+            # Tests kill them on purpose; who waits in vain is told how they ended.
+            self._processes = await stack.enter_async_context(Children(self._folder, lambda _: None))
+            command = room_command("relay", "--host", "127.0.0.1", "--port", "0", "--stun-port", "0")
             relay, line = await self._processes.start_and_hear("relay", command)
             found = re.search(r"https?://[^\s,]+", line)
             assert found, f"the relay did not start: {line} {relay.log.read_text()}"
@@ -66,7 +63,7 @@ class ProcessSwarm:
 
     async def start(self, name: str, layers: str) -> Child:
         """Start a peer and wait until the client sees it serve."""
-        command = _command("peer", "--relay", self.relay_url, "--model", str(self.model), "--name", name)
+        command = room_command("peer", "--relay", self.relay_url, "--model", str(self.model), "--name", name)
         command += ["--layers", layers, "--threads", str(self._threads), "--kv-memory", "1GB"]
         # Exact weights: answers are compared with the unsplit model's, and times with its float32.
         command += ["--quantize", "none"]
@@ -84,18 +81,11 @@ class ProcessSwarm:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the directory shows; a peer that ended meanwhile tells its last words."""
-        changed = asyncio.Event()
-        stop = self.client.directory.listen(changed.set)
         try:
-            async with asyncio.timeout(READY_S):
-                while not condition():
-                    changed.clear()
-                    await changed.wait()
+            await until(self.client.directory, condition, READY_S)
         except TimeoutError:
             ended = [child.obituary() for child in self.children.values() if not child.running]
             raise AssertionError(f"the peers did not come up in {READY_S:.0f} s; {ended}") from None
-        finally:
-            stop()
 
     def ask(
         self, prompt: Sequence[int], *, new: int, sampling: Sampling | None = None
@@ -109,7 +99,3 @@ class ProcessSwarm:
             sampling=sampling or Sampling(),
         )
         return self.client.generate(request)
-
-
-def _command(room: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "web.tethered", room, *arguments]

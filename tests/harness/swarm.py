@@ -21,6 +21,7 @@ from peer.lifecycle import Peer
 from peer.settings import PeerSettings
 from relay.app import Relay
 from relay.settings import RelaySettings
+from shared.client.directory import Directory
 from shared.client.session import Drawn, Request, Rerouted
 from shared.client.swarm_client import SwarmClient
 from shared.identity import Identity, PeerId
@@ -156,15 +157,20 @@ class Swarm:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the directory shows."""
-        changed = asyncio.Event()
-        stop = self.client.directory.listen(changed.set)
-        try:
-            async with asyncio.timeout(READY_S):
-                while not condition():
-                    changed.clear()
-                    await changed.wait()
-        finally:
-            stop()
+        await until(self.client.directory, condition, READY_S)
+
+
+async def until(directory: Directory, condition: Callable[[], bool], timeout_s: float) -> None:
+    """Wait for something that a directory shows. Raises TimeoutError."""
+    changed = asyncio.Event()
+    stop = directory.listen(changed.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                changed.clear()
+                await changed.wait()
+    finally:
+        stop()
 
 
 def tokens(events: Sequence[Drawn | Rerouted]) -> list[int]:
