@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo install test check format browser network clean
+.PHONY: demo install test check format browser compiler network clean
 
 demo: $(INSTALLED)  ## a relay, three peers and the page on this machine
 	@exec $(BIN)/python -m web --demo
@@ -17,10 +17,10 @@ $(INSTALLED): pyproject.toml constraints.txt package-lock.json hatch_build.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test,check]'
 	@touch $(INSTALLED)
 
-test: $(INSTALLED) browser network  ## every test
+test: $(INSTALLED) browser network compiler  ## every test
 	$(BIN)/python -m pytest -q
 
-check: $(INSTALLED)  ## format, lint, types, import bars and the fast tests
+check: $(INSTALLED) compiler  ## format, lint, types, import bars and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -36,6 +36,9 @@ browser:  ## Chromium, for the tests of the page
 
 network:  ## nftables and iproute2, for the tests behind real routers, which only root can run
 	@[ "$$(id -u)" != 0 ] || { command -v ip && command -v nft; } >/dev/null || sh .ci/install-nftables
+
+compiler:  ## a C compiler, for the tests of our own kernels
+	@{ command -v cc || command -v gcc || command -v clang; } >/dev/null || sh .ci/install-compiler
 
 clean:
 	rm -rf $(VENV) web/static/vendor .mypy_cache .ruff_cache .pytest_cache .hypothesis
