@@ -214,6 +214,8 @@ class Peer:
             context_length=self._offer.context_length,
             kv_tokens_free=self.service.kv_tokens_free if self.service else 0,
             ms_per_layer=self.service.ms_per_layer if self.service else None,
+            sessions=self.service.session_count if self.service else 0,
+            wait_ms=self.service.wait_ms if self.service else 0.0,
             relays=self.relays.connected_urls,
         )
 

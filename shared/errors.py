@@ -49,6 +49,10 @@ class Busy(CorollaError):
         self.retry_after_s = retry_after_s
 
 
+class NoRoom(CorollaError):
+    """No peers of the model could ever hold a session that long, however long one waits."""
+
+
 class SessionFailed(CorollaError):
     """A hop met an error of its own while it served a session; asking again would meet it again."""
 

@@ -93,6 +93,10 @@ class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     """Positions that still fit in the peer's KV budget, for its whole span."""
     ms_per_layer: Milliseconds | None = None
     """One decode step through one layer, measured by the peer itself; None while unknown."""
+    sessions: Count = 0
+    """Sessions that it serves."""
+    wait_ms: Milliseconds = 0.0
+    """What a step of one position waits there before it is computed, measured over the last ones."""
     relays: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=4)] = []
 
 
@@ -448,6 +452,30 @@ class Lost(Struct, frozen=True, tag="lost"):
     peer: Id
 
 
+class Probe(Struct, frozen=True, tag="probe"):
+    """Ask a peer how busy it is at this moment: an announcement may be many seconds old."""
+
+    request: Count
+    tokens: Position
+    """Positions that the session will need which the asker wants to open."""
+
+
+class Load(Struct, frozen=True, tag="load", kw_only=True):
+    """Answers `Probe`: what a session that opened now would meet. Nothing is held for it."""
+
+    request: Count
+    sessions: Count
+    wait_ms: Milliseconds
+    """What a step of one position waits before it is computed."""
+    ms_per_layer: Milliseconds | None = None
+    kv_tokens_free: Count
+    """Positions that fit now; 0 from a peer that takes no new session."""
+    kv_tokens: Count
+    """Positions that would fit if no other session were here."""
+    retry_after_s: Seconds = 0.0
+    """When running sessions will have made room for so many positions, as far as known; 0 when it is here."""
+
+
 class Fetch(Struct, frozen=True, tag="fetch"):
     """Ask a peer for the tokenizer files of the model that it serves."""
 
@@ -464,7 +492,21 @@ class Files(Struct, frozen=True, tag="files"):
 
 
 PeerMessage = (
-    Open | Opened | Decline | Step | Consumed | Token | Grant | Renew | Close | Failed | Lost | Fetch | Files
+    Open
+    | Opened
+    | Decline
+    | Step
+    | Consumed
+    | Token
+    | Grant
+    | Renew
+    | Close
+    | Failed
+    | Lost
+    | Probe
+    | Load
+    | Fetch
+    | Files
 )
 
 

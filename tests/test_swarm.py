@@ -17,7 +17,7 @@ from shared.announcement import sign_announcement
 from shared.channel import Channel, Dialer
 from shared.client.session import Drawn, Rerouted
 from shared.client.swarm_client import FETCH_TIMEOUT_S
-from shared.errors import Busy, NoRoute, ProtocolError, SessionFailed
+from shared.errors import NoRoute, ProtocolError, SessionFailed
 from shared.identity import Identity
 from shared.protocol import (
     PREFILL_WINDOW,
@@ -192,15 +192,6 @@ async def test_an_asker_that_vanishes_costs_no_more_than_its_credit(swarm: Swarm
         positions.append(session.position)
     assert positions[-1] <= len(PROMPT) + 70
     await answer.aclose()
-
-
-async def test_a_full_peer_says_when_to_come_back(llama: Path) -> None:
-    async with Swarm(llama, kv_bytes=100_000) as swarm:
-        await swarm.start(ann=(0, 6))
-        room = next(live.kv_tokens_free for live in swarm.client.directory.live())
-        with pytest.raises(Busy, match="full"):
-            await anext(swarm.ask(PROMPT, new=room))
-        assert len(tokens([event async for event in swarm.ask(PROMPT, new=5)])) == 5
 
 
 async def test_an_asker_that_names_a_gateway_as_a_hop_does_not_cut_the_gateways_own_chats(

@@ -27,6 +27,8 @@ ALONE_S = 1.0
 ALONE_TIMES = 4
 """When no second session was here for so long, pieces may be so many times longer: float32 weights reach half
 of their speed with 16 positions. Whoever comes next waits for one such piece, once."""
+SMOOTHING = 0.1
+"""Weight of the newest step in the measured wait."""
 MOST_SINGLES = 64
 """Sessions that give one position each to a pass. More take turns, in the order in which they came."""
 
@@ -97,6 +99,8 @@ class Batcher:
         """Forward passes so far."""
         self.positions = 0
         """Positions that they computed, of all sessions."""
+        self.wait_ms = 0.0
+        """What steps of one position waited for their pass, smoothed over the last ones."""
         self.pace = Pace()
         self._span = span
         self._executor = executor
@@ -116,10 +120,15 @@ class Batcher:
         self._waiting[work] = future
         self._ready.append(work)
         self._stirred.set()
+        came = time.perf_counter()
         try:
-            return await future
+            computed = await future
         finally:
             del self._waiting[work]
+        if step.count == 1:
+            waited_ms = max(0.0, (computed.ended - came) * 1000 - computed.computed_ms)
+            self.wait_ms += SMOOTHING * (waited_ms - self.wait_ms)
+        return computed
 
     async def run(self) -> None:
         """Compute until cancelled."""

@@ -22,9 +22,13 @@ class KvBudget:
     def free_bytes(self) -> int:
         return self.total_bytes - self.reserved_bytes
 
+    def held_bytes(self, session: str) -> int:
+        """What a session holds."""
+        return self._reserved.get(session, 0)
+
     def reserve(self, session: str, size_bytes: int) -> None:
         """Hold bytes for a session, in place of what it held before. Raises Busy when too few are left."""
-        held = self._reserved.get(session, 0)
+        held = self.held_bytes(session)
         if size_bytes > self.free_bytes + held:
             free = (self.free_bytes + held) / 1e6
             raise Busy(

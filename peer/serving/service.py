@@ -20,6 +20,7 @@ from peer.serving.executor import Executor
 from peer.serving.hop_session import Admission, Arrival, HopSession, Inputs, scope
 from peer.serving.kv_budget import KvBudget
 from peer.serving.prefixes import Beginning, Prefixes
+from peer.serving.turnover import Tenant, room_after_s
 from shared.background import Background
 from shared.channel import Channel, Priority
 from shared.errors import Busy, ConnectionLost, ProtocolError
@@ -32,11 +33,13 @@ from shared.protocol import (
     Fetch,
     Files,
     Grant,
+    Load,
     Lost,
     Open,
     Opened,
     Path,
     PeerMessage,
+    Probe,
     Renew,
     RouteSpan,
     Step,
@@ -123,6 +126,11 @@ class Service:
         """Positions through the whole span that still fit in the budget."""
         return self._budget.free_bytes // self._bytes_per_token(self.span.start, self.span.end)
 
+    @property
+    def wait_ms(self) -> float:
+        """What a step of one position waits before it is computed."""
+        return self.batcher.wait_ms if self._admitted else 0.0
+
     async def drained(self) -> None:
         """Returns when no session is left."""
         await self._empty.wait()
@@ -179,9 +187,11 @@ class Service:
                 admitted = self._admitted.get(session)
                 if admitted and message.peer == channel.peer and admitted.session.visits(channel.peer):
                     self._tasks.start(admitted.session.tell(message))
+            case Probe():
+                self._reply(channel, self._load(message))
             case Fetch():
                 self._hand_out(channel, message)
-            case Opened() | Decline() | Failed() | Files():
+            case Opened() | Decline() | Failed() | Load() | Files():
                 raise ProtocolError(f"a {type(message).__name__} is for askers, and I asked for nothing")
             case _:
                 assert_never(message)
@@ -228,6 +238,34 @@ class Service:
             self._replies -= 1
 
     # ------------------------------------------------------------ admission
+
+    def _load(self, probe: Probe) -> Load:
+        token_bytes = self._bytes_per_token(self.span.start, self.span.end)
+        closed = self.draining or len(self._admitted) >= self._offer.max_sessions
+        free = 0 if closed else self._budget.free_bytes // token_bytes
+        return Load(
+            request=probe.request,
+            sessions=len(self._admitted),
+            wait_ms=self.wait_ms,
+            ms_per_layer=self.ms_per_layer,
+            kv_tokens_free=free,
+            kv_tokens=self._budget.total_bytes // token_bytes,
+            retry_after_s=self._room_after_s(probe.tokens * token_bytes) if free < probe.tokens else 0.0,
+        )
+
+    def _room_after_s(self, wanted_bytes: int) -> float:
+        """When a session that does not fit now may come again."""
+        now = time.monotonic()
+        tenants = [
+            Tenant(
+                held_bytes=self._budget.held_bytes(name),
+                drawn=max(0, admitted.session.position - admitted.session.open.prompt_length),
+                left=admitted.session.open.max_tokens - admitted.session.position,
+                age_s=now - admitted.since,
+            )
+            for name, admitted in self._admitted.items()
+        ]
+        return room_after_s(tenants, wanted_bytes - self._budget.free_bytes)
 
     def _open(self, channel: Channel, opened: Open) -> None:
         admitted = self._admitted.get(opened.session)
@@ -276,7 +314,8 @@ class Service:
         if admitted is None and self.draining:
             return _decline(opened, "draining", "this peer is leaving")
         if admitted is None and len(self._admitted) >= self._offer.max_sessions:
-            return _decline(opened, "busy", f"this peer has {len(self._admitted)} sessions already", 2.0)
+            message = f"this peer has {len(self._admitted)} sessions already"
+            return _decline(opened, "busy", message, self._room_after_s(0))
         return None
 
     def _reserve(self, opened: Open) -> Decline | None:
@@ -287,7 +326,8 @@ class Service:
         except Busy as busy:
             fitting = self._budget.free_bytes // token_bytes
             message = f"{busy}: {fitting} tokens would fit, not {opened.max_tokens}"
-            return _decline(opened, "busy", message, busy.retry_after_s)
+            retry_after_s = self._room_after_s(opened.max_tokens * token_bytes)
+            return _decline(opened, "busy", message, retry_after_s)
         return None
 
     def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:
@@ -352,6 +392,7 @@ class _Admitted:
         self.task = task
         self.source: PeerId = session.asker.peer
         """Who may send it steps."""
+        self.since = time.monotonic()
         self.deadline = 0.0
 
 

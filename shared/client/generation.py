@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -45,21 +45,34 @@ same, its channel waits until we have caught up."""
 class Generation:
     """One running session. Iterate `events()` once; leaving the iteration closes the session at every hop.
 
-    `tasks` outlives the iteration, so that the last goodbyes need not be waited for.
+    `tasks` outlives the iteration, so that the last goodbyes need not be waited for. `reserved` is called
+    when every hop has the session's memory, before the prompt is computed.
     """
 
     def __init__(
-        self, dialer: Dialer, request: Request, plan: Planner, name_pages: PageNamer, tasks: Background
+        self,
+        dialer: Dialer,
+        request: Request,
+        plan: Planner,
+        name_pages: PageNamer,
+        tasks: Background,
+        reserved: Callable[[], None] = lambda: None,
     ) -> None:
         self.session = secrets.token_hex(16)
         self._dialer = dialer
         self._machine = ClientSession(self.session, request, plan, name_pages)
         self._tasks = tasks
+        self._reserved: Callable[[], None] | None = reserved
         self._inbox: asyncio.Queue[Event | Exception] = asyncio.Queue(INBOX_SIZE)
         self._outboxes: dict[PeerId, asyncio.Queue[Send]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._channels: dict[PeerId, Channel] = {}
         self._watches = ExitStack()
+
+    @property
+    def peers(self) -> list[PeerId]:
+        """The peers of its route."""
+        return self._machine.peers
 
     async def received(self, channel: Channel, message: PeerMessage) -> None:
         """A message of this session came in from a hop."""
@@ -108,7 +121,11 @@ class Generation:
             return [effect for peer in waiting for effect in self._machine.handle(PeerLost(peer))]
         if isinstance(event, Exception):
             raise event
-        return self._machine.handle(event)
+        effects = self._machine.handle(event)
+        if self._reserved is not None and self._machine.running:
+            self._reserved()
+            self._reserved = None
+        return effects
 
     # ------------------------------------------------------------ sending
 

@@ -147,12 +147,19 @@ class ClientSession:
         """What each hop of this epoch holds, by its own word."""
         self._caught_up: set[PeerId] = set()
         self._losses: dict[PeerId, int] = {}
+        self._refused: set[PeerId] = set()
+        """Peers that declined since the session last ran: they may have room another time, not now."""
         self._state: Literal["opening", "running", "over"] = "opening"
 
     @property
     def peers(self) -> list[PeerId]:
         """The peers of the current route, in order."""
         return [PeerId(span.peer) for span in self.route]
+
+    @property
+    def running(self) -> bool:
+        """True while every hop of the route has the session's memory."""
+        return self._state == "running"
 
     @property
     def awaiting(self) -> frozenset[PeerId]:
@@ -222,6 +229,7 @@ class ClientSession:
         if self._awaiting:
             return []
         self._state = "running"
+        self._refused.clear()
         return self._feed()
 
     def _feed(self) -> list[Effect]:
@@ -307,8 +315,12 @@ class ClientSession:
     # ------------------------------------------------------------ losing and ending
 
     def _declined(self, peer: PeerId, decline: Decline) -> list[Effect]:
-        if decline.code in ("busy", "draining", "layers", "artefact"):
-            return self._reroute(peer, Busy(decline.message, decline.retry_after_s))
+        retry_s = decline.retry_after_s
+        if decline.code == "busy":
+            full = f"every peer that could take this is full; try again in {retry_s:.0f} s"
+            return self._reroute(peer, Busy(full, retry_s))
+        if decline.code in ("draining", "layers", "artefact"):
+            return self._reroute(peer, Busy(decline.message, retry_s))
         return self._finish(SessionFailed(f"peer {short(peer)} declined: {decline.message}"))
 
     def _lose(self, peer: PeerId) -> list[Effect]:
@@ -318,7 +330,10 @@ class ClientSession:
 
     def _reroute(self, lost: PeerId, refusal: Busy | None) -> list[Effect]:
         gone = self.route[self.peers.index(lost)]
-        self._losses[lost] = self._losses.get(lost, 0) + 1
+        if refusal is None:
+            self._losses[lost] = self._losses.get(lost, 0) + 1
+        else:
+            self._refused.add(lost)
         self._caught_up.discard(lost)
         try:
             route = self._replan(lost)
@@ -335,13 +350,13 @@ class ClientSession:
     def _replan(self, lost: PeerId) -> list[RouteSpan]:
         survivors = [span for span in self.route if span.peer != lost]
         try:
-            return self._plan(survivors, frozenset(self._losses))
+            return self._plan(survivors, frozenset(self._losses) | self._refused)
         except NoRoute:
             # Perhaps only a link broke: a peer that was lost once and is still announced gets another try.
             twice = frozenset(peer for peer, losses in self._losses.items() if losses > 1)
             if twice == frozenset(self._losses):
                 raise
-            return self._plan(survivors, twice)
+            return self._plan(survivors, twice | self._refused)
 
     def _with_freshness(self, span: RouteSpan) -> RouteSpan:
         kept = any((old.peer, old.start, old.end) == (span.peer, span.start, span.end) for old in self.route)

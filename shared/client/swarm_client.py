@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -16,9 +18,11 @@ from shared.channel import Channel, Dialer, Listen, PathReport, Priority
 from shared.client.directory import Directory
 from shared.client.generation import Generation
 from shared.client.page_names import PageNames
+from shared.client.probes import PROBE_S, Probes
 from shared.client.route_planner import Candidate, fill_route
 from shared.client.session import Drawn, Planner, Request, Rerouted
-from shared.errors import ChannelClosed, ConnectionLost, NoRoute, ProtocolError
+from shared.client.two_choices import Choice, explain, informed, two_choices
+from shared.errors import Busy, ChannelClosed, ConnectionLost, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
 from shared.protocol import (
     Announcement,
@@ -27,6 +31,7 @@ from shared.protocol import (
     Failed,
     Fetch,
     Files,
+    Load,
     Lost,
     Opened,
     Path,
@@ -43,6 +48,8 @@ from shared.tokenizer_files import files_hash, split_files
 log = logging.getLogger(__name__)
 
 FETCH_TIMEOUT_S = 15.0
+FULL_PROBE_S = 1.0
+"""How long peers may take to say whether they are still full: there is nothing else to do meanwhile."""
 GOODBYE_S = 1.0
 """How long leaving waits for the last messages of sessions that were cut off."""
 
@@ -75,6 +82,7 @@ class SwarmClient:
             direct=direct,
             listen=listen,
         )
+        self._probes = Probes(self._dialer.channel)
         self._pages = PageNames(secrets.token_bytes(32))
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
@@ -97,12 +105,16 @@ class SwarmClient:
 
     # ------------------------------------------------------------ asking
 
-    async def generate(self, request: Request) -> AsyncGenerator[Drawn | Rerouted, None]:
+    async def generate(
+        self, request: Request, reserved: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Drawn | Rerouted, None]:
         """The tokens of an answer as they are drawn, and every change of route.
 
-        Raises NoRoute, Busy or SessionFailed; what was yielded before stays valid.
+        `reserved` is called when every hop of a route has room for the whole session. Raises NoRoute, NoRoom,
+        Busy or SessionFailed; what was yielded before stays valid.
         """
-        generation = Generation(self._dialer, request, self._planner(request), self._pages.names, self._tasks)
+        plan = await self._planner(request)
+        generation = Generation(self._dialer, request, plan, self._pages.names, self._tasks, reserved)
         self._generations[generation.session] = generation
         try:
             async for event in generation.events():
@@ -110,21 +122,48 @@ class SwarmClient:
         finally:
             del self._generations[generation.session]
 
-    def _planner(self, request: Request) -> Planner:
+    async def _planner(self, request: Request) -> Planner:
+        """Plans routes for a session; the first of two that were compared by what their peers say now."""
         salt = str(next(self._requests))
         tokens = len(request.prompt) + request.max_new_tokens
+        choice = await self._compare(request.artefact, tokens, salt)
 
         def plan(survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
-            serving = self.directory.serving(request.artefact)
-            if not serving:
-                raise NoRoute("no live peer serves any layer of this model")
-            candidates = [self._candidate(peer) for peer in serving if peer.peer not in avoid]
-            first = serving[0]
-            return fill_route(
-                survivors, candidates, first.layer_count, model=first.model, tokens=tokens, salt=salt
-            )
+            first, candidates = self._candidates(request.artefact, avoid)
+            layers, model = first.layer_count, first.model
+            if not survivors and not avoid:
+                compared = [candidate for candidate in candidates if candidate.peer in choice.peers]
+                with contextlib.suppress(NoRoute, Busy):
+                    return fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
+            try:
+                return fill_route(survivors, candidates, layers, model=model, tokens=tokens, salt=salt)
+            except Busy:
+                raise explain(candidates, self._probes.loads(), layers, model, tokens) from None
 
         return plan
+
+    async def _compare(self, artefact: str, tokens: int, salt: str) -> Choice:
+        """The two best routes, by what is known once their peers have been asked, where that may matter."""
+        first, candidates = self._candidates(artefact)
+        choice = two_choices(candidates, first.layer_count, model=first.model, tokens=tokens, salt=salt)
+        await self._probes.ask(choice.ask, tokens, FULL_PROBE_S if choice.full else PROBE_S)
+        return choice
+
+    def _candidates(
+        self, artefact: str, avoid: frozenset[PeerId] = frozenset()
+    ) -> tuple[Announcement, list[Candidate]]:
+        """Any peer that serves the artefact, and all but those to avoid as the planner sees them."""
+        serving = self.directory.serving(artefact)
+        if not serving:
+            raise NoRoute("no live peer serves any layer of this model")
+        ours = Counter(peer for generation in self._generations.values() for peer in generation.peers)
+        loads = self._probes.loads()
+        candidates = [
+            informed(self._candidate(peer), loads.get(PeerId(peer.peer)), ours[PeerId(peer.peer)])
+            for peer in serving
+            if peer.peer not in avoid
+        ]
+        return serving[0], candidates
 
     def _candidate(self, announcement: Announcement) -> Candidate:
         peer = PeerId(announcement.peer)
@@ -135,6 +174,8 @@ class SwarmClient:
             kv_tokens_free=announcement.kv_tokens_free,
             ms_per_layer=announcement.ms_per_layer,
             rtt_ms=channel.rtt_ms if channel else None,
+            sessions=announcement.sessions,
+            wait_ms=announcement.wait_ms,
         )
 
     async def fetch_files(self, artefact: str) -> Mapping[str, bytes]:
@@ -190,6 +231,8 @@ class SwarmClient:
             case Opened() | Decline() | Consumed() | Token() | Failed() | Lost():
                 if generation := self._generations.get(message.session):
                     await generation.received(channel, message)
+            case Load():
+                self._probes.heard(channel.peer, message)
             case Files(request=request):
                 fetch = self._fetches.get(request)
                 if fetch is not None and fetch.channel is channel and not fetch.answer.done():

@@ -29,10 +29,12 @@ from shared.protocol import (
     Files,
     Grant,
     Hop,
+    Load,
     Lost,
     Open,
     Opened,
     PeerMessage,
+    Probe,
     Renew,
     RouteSpan,
     Sampling,
@@ -381,6 +383,33 @@ async def test_a_session_keeps_the_size_it_was_opened_with(max_tokens: int) -> N
         assert home.budget.reserved_bytes == held
 
 
+async def test_whoever_asks_how_busy_it_is_hears_what_a_session_would_meet_and_holds_nothing() -> None:
+    async with house(kv_bytes=100 * LAYERS * LAYER_BYTES, max_sessions=2) as home:
+        ann, bob = home.party("ann"), home.party("bob")
+
+        async def load(tokens: int) -> Load:
+            await bob.say(Probe(7, tokens))
+            return await bob.hear(Load)
+
+        assert await load(40) == Load(
+            request=7, sessions=0, wait_ms=0.0, kv_tokens_free=100, kv_tokens=100, retry_after_s=0.0
+        )
+        await ann.opens(limited(home, max_tokens=61))
+        await ann.say(*PREFILL)
+        await ann.hear_tokens(NEW)
+        first = await load(40)
+        assert (first.sessions, first.kv_tokens_free, first.kv_tokens) == (1, 39, 100)
+        assert first.retry_after_s > 0 and first.ms_per_layer is not None and first.ms_per_layer > 0
+        assert (await load(39)).retry_after_s == 0
+
+        await ann.opens(home.open(session=OTHER, max_tokens=1))
+        full = await load(1)
+        assert (full.sessions, full.kv_tokens_free) == (2, 0) and full.retry_after_s > 0
+        home.service.draining = True
+        await ann.say(Close(SESSION))
+        assert (await load(1)).kv_tokens_free == 0, "one that leaves takes nobody"
+
+
 # ---------------------------------------------------------------- who may command
 
 
@@ -470,6 +499,7 @@ async def test_only_the_hop_itself_may_say_that_it_lost_the_session() -> None:
         Opened(SESSION, 0, 0),
         Decline(SESSION, 0, "busy", "no"),
         Failed(SESSION, 0, "no"),
+        Load(request=1, sessions=0, wait_ms=0.0, kv_tokens_free=0, kv_tokens=0),
         Files(1, [], []),
         Fetch(1, "b" * 64),
     ],

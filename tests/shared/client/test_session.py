@@ -229,19 +229,30 @@ def test_with_no_replacement_the_asker_hears_which_layers_nobody_serves() -> Non
     assert str(finish.error) == "no live peer serves layers 4–8 of demo"
 
 
+def decline(machine: ClientSession, peer: PeerId) -> list[Effect]:
+    return machine.handle(Received(peer, Decline(SESSION, machine.epoch, "busy", "full", 2.0)))
+
+
 def test_a_busy_hop_is_passed_by_and_a_busy_swarm_says_when_to_retry() -> None:
     machine = session(Plan(BOB, EVE))
     machine.start()
-    machine.handle(Received(BOB, Decline(SESSION, 0, "busy", "full", 2.0)))
+    decline(machine, BOB)
     assert machine.peers == [ANN, EVE]
-    busy = [machine.handle(Received(EVE, Decline(SESSION, epoch, "busy", "full", 2.0))) for epoch in (1,)]
-    while machine.epoch < 6 and not isinstance(busy[-1][-1], Finish):
-        peer = machine.peers[-1]
-        busy.append(machine.handle(Received(peer, Decline(SESSION, machine.epoch, "busy", "full", 2.0))))
-    finish = busy[-1][-1]
+    *closes, finish = decline(machine, EVE)
+    assert closes == [Send(ANN, Close(SESSION)), Send(EVE, Close(SESSION))], "nobody is asked twice at once"
     assert isinstance(finish, Finish)
     assert isinstance(finish.error, Busy)
     assert finish.error.retry_after_s == 2.0
+
+
+def test_a_hop_that_was_full_may_take_over_later() -> None:
+    machine = session(Plan(BOB, EVE))
+    machine.start()
+    decline(machine, BOB)
+    open_all(machine)
+    draw(machine, 3)
+    machine.handle(PeerLost(EVE))
+    assert machine.peers == [ANN, BOB]
 
 
 def test_an_error_of_a_hop_surfaces_at_once() -> None:
