@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# Tests of one file stay together: many share a swarm.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope
 
-.PHONY: demo install test check format browser compiler network clean
+.PHONY: demo install test lint check format browser compiler network clean
 
 demo: $(INSTALLED)  ## a relay, three peers and the page on this machine
 	@exec $(BIN)/python -m web --demo
@@ -18,14 +20,16 @@ $(INSTALLED): pyproject.toml constraints.txt package-lock.json hatch_build.py
 	@touch $(INSTALLED)
 
 test: $(INSTALLED) browser network compiler  ## every test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
-check: $(INSTALLED) compiler  ## format, lint, types, import bars and the fast tests
+check: lint compiler  ## format, lint, types, import bars and the fast tests
+	$(PYTEST) -m 'not slow and not browser'
+
+lint: $(INSTALLED)  ## format, lint, types and import bars
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m 'not slow and not browser'
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

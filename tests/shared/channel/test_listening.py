@@ -82,6 +82,7 @@ def like_a_hello() -> bytes:
         like_a_hello() + b"more",
         bytes(NONCE_BYTES) + LENGTH.pack(0xFFFF_FFFF),
     ],
+    ids=["HTTP", "noise", "much noise", "like a hello", "like a hello and more", "an endless hello"],
 )
 async def test_whoever_says_anything_else_is_cut_off_without_a_word(
     port: ListeningPort, words: bytes
