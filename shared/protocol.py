@@ -307,8 +307,6 @@ class RouteSpan(Struct, frozen=True):
     peer: Id
     start: Layer
     end: Layer
-    fresh: bool = True
-    """True when this peer has no KV cache of the session yet: the hop before it replays its input log."""
 
 
 class Hop(Struct, frozen=True):
@@ -330,7 +328,8 @@ class Hop(Struct, frozen=True):
 class Open(Struct, frozen=True, tag="open", kw_only=True):
     """Reserve KV memory for a session's part of a route, or none of it.
 
-    The same session with a higher epoch takes a new route: a hop keeps its KV cache; older epochs drop.
+    The same session with a higher epoch prepares a new route: a hop keeps its KV cache as long as its layers
+    stay the same. It takes the route with the first step of that epoch, and drops older epochs from then on.
     """
 
     session: SessionId
@@ -349,13 +348,13 @@ class Open(Struct, frozen=True, tag="open", kw_only=True):
     history: list[TokenId] = []
     """For the last hop, and only when penalties need them: the tokens so far, prompt included."""
     pages: Pages = []
-    """Names of the tokens so far. A fresh hop that kept such pages of this asker begins behind them."""
+    """Names of the tokens so far. A hop that is new to the session begins behind such pages of this asker."""
 
 
 class Opened(Struct, frozen=True, tag="opened"):
-    """The hop is ready. `position` is how many positions its KV cache holds of this session.
+    """The hop is ready. `position` is how many positions of this session its KV cache and its input log hold.
 
-    When no hop of the route holds any by its own work, the asker begins at the lowest of them.
+    The asker begins there at the first hop, and tells the others by `held` of the first step.
     """
 
     session: SessionId
@@ -386,8 +385,9 @@ class Step(Struct, frozen=True, tag="step", kw_only=True):
     tensor: Tensor
     sample: bool = False
     """The last hop draws the next token after the last position."""
-    replay: bool = False
-    """Fills the KV cache of a fresh hop: passed on only while the next hop is fresh too, never sampled."""
+    held: Annotated[list[Position], Meta(max_length=512)] = []
+    """In the first step of an epoch: what each hop of the route holds. A hop replays its input log to a next
+    hop that holds less than it, and keeps to itself what the next hop holds already."""
     hops: Annotated[list[Hop], Meta(max_length=512)] = []
 
 

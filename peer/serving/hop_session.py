@@ -11,9 +11,9 @@ import contextlib
 import logging
 import time
 from array import array
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Coroutine, Hashable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Protocol, assert_never
+from typing import Any, Protocol, assert_never
 
 import msgspec
 
@@ -109,8 +109,10 @@ class HopSession:
     def __init__(self, opened: Open, asker: Channel, around: Surroundings) -> None:
         self.open = opened
         self.asker = asker
+        self.newest = opened
+        """The newest route heard of. It is taken with its first step; until then the one before goes on."""
         self.epoch = opened.epoch
-        """The newest epoch heard of, which may be ahead of the one that the inbox has reached."""
+        """The newest epoch of which a step came: what still belongs to one before is of no use."""
         self._around = around
         self._cache: KVCache | None = None
         self._log = InputLog(row_bytes(around.span))
@@ -119,7 +121,12 @@ class HopSession:
         self._history: list[int] = []
         self._held: Arrival | None = None
         self._credit = 0
-        self._next_caught_up = False
+        self._prepared: Open | None = None
+        """A route whose first step has not come yet."""
+        self._next_holds: int | None = None
+        """What the next hop holds, until it was brought to where we are."""
+        self._untold: list[int] = []
+        """What each hop holds, to be told with the first step that is passed on in this epoch."""
         self._prompt_before = False
         """The step before this one was part of a prompt or replay that goes on."""
         self._allowed: int | None = None
@@ -137,15 +144,16 @@ class HopSession:
 
     @property
     def position(self) -> int:
-        """Positions in the KV cache."""
-        return self._cache.length if self._cache is not None else 0
+        """Positions in the KV cache and, where there is a next hop, in the log."""
+        if self._cache is None:
+            return 0
+        return self._cache.length if self._next() is None else min(self._cache.length, len(self._log))
 
     def leave(self, asker: PeerId, pages: Sequence[str]) -> Prefix | None:
         """What this session computed, under the names of its pages; None when it is not to be used again."""
         if self._over or self._cache is None or self._fed_by is None:
             return None
-        length = self._cache.length if self._next() is None else min(self._cache.length, len(self._log))
-        return Prefix(scope(asker, self.open), pages, length, self._cache, self._log)
+        return Prefix(scope(asker, self.open), pages, self.position, self._cache, self._log)
 
     def put(self, item: Item) -> None:
         """Hand the session an item. A session that is over takes none."""
@@ -154,11 +162,13 @@ class HopSession:
         if self._inbox.full():
             self.end()
             item = Overrun()
+        if isinstance(item, Inputs):
+            self.epoch = max(self.epoch, item.step.epoch)
         self._inbox.put_nowait(item)
 
-    def renew(self, epoch: int) -> None:
-        """A newer epoch is on its way through the inbox: what still belongs to the one before may be left."""
-        self.epoch = epoch
+    def renew(self, opened: Open) -> None:
+        """A newer route is on its way through the inbox; who waits for a hop of the one before need not."""
+        self.newest = opened
         self.stir()
 
     def consumed(self, peer: PeerId, told: Consumed) -> None:
@@ -208,7 +218,7 @@ class HopSession:
     async def _handle(self, item: Item) -> None:
         match item:
             case Admission():
-                await self._take_route(item)
+                await self._prepare(item)
             case Inputs():
                 await self._step(item)
             case Arrival():
@@ -224,23 +234,28 @@ class HopSession:
 
     # ------------------------------------------------------------ routes
 
-    async def _take_route(self, admission: Admission) -> None:
+    async def _prepare(self, admission: Admission) -> None:
+        """Ready for a route. What is under way on the one before goes on until the first step of this one."""
         opened = admission.opened
-        before, self.open = self.mine, opened
-        moved = (before.start, before.end) != (self.mine.start, self.mine.end)
-        self._credit = opened.credit
+        if self._cache is None or not _same_layers(self.mine, opened.route[opened.index]):
+            self._take_route(opened)
+            self._fed_by = opened.route[: opened.index]
+            await self._begin(admission.beginning)
+        else:
+            self._prepared = opened
+        await self.tell(Opened(opened.session, opened.epoch, self.position))
+
+    def _take_route(self, opened: Open) -> None:
+        self.open, self._prepared = opened, None
+        self._credit = max(self._credit, opened.credit)
         self._held = None
         self._history = list(opened.history)
-        self._next_caught_up = False
+        self._next_holds = None
+        self._untold = []
         self._allowed = None
         self._prompt_before = False
-        fed_by = _as_fresh(opened.route[: opened.index])
-        if self._cache is None or moved or self.mine.fresh:
-            self._fed_by = fed_by
-            await self._begin(admission.beginning)
-        elif self._fed_by != fed_by:
+        if self._fed_by != opened.route[: opened.index]:
             self._fed_by = None
-        await self.tell(Opened(opened.session, opened.epoch, self.position))
 
     async def _begin(self, beginning: Beginning | None) -> None:
         """An empty cache, or one that begins with what an earlier session left."""
@@ -259,21 +274,33 @@ class HopSession:
 
     async def _step(self, inputs: Inputs) -> None:
         step = inputs.step
+        if self._prepared is not None and step.epoch == self._prepared.epoch:
+            self._take_route(self._prepared)
         if step.epoch != self.open.epoch or self._cache is None:
             return
         if step.position > self._cache.length:
             # Our memory of the session is not what the asker believes: ask for a replay, as if we were new.
-            await self._report_lost(self._around.me)
+            await self.tell(Lost(step.session, step.epoch, self._around.me))
             return
         # With ours added they might be more than a message holds, and the next hop would hang up on us.
         if len(step.hops) > self.open.index:
             raise BadInputs(f"a step came with {len(step.hops)} hops, from only {self.open.index} before me")
         if step.count > PREFILL_WINDOW:
             raise BadInputs(f"a step brings at most {PREFILL_WINDOW} positions, not {step.count}")
+        if step.held and self._next() is not None:
+            self._next_holds = _after(step.held, self.open.index)
+            self._untold = step.held
         for piece in self._cut(inputs):
             await self._compute(piece)
+            if self.newest.epoch != step.epoch and step.count > 1:
+                self._leave(step.epoch)
+                return
         if self.epoch == step.epoch:
             await self._ask_for_more(inputs)
+
+    def _leave(self, epoch: int) -> None:
+        """A long step was left half way for a newer route: nothing of its epoch goes on from here."""
+        self.epoch = max(self.epoch, epoch + 1)
 
     def _cut(self, inputs: Inputs) -> Iterator[Inputs]:
         """A long step in pieces, so that the next hop computes one while this one computes the next."""
@@ -313,7 +340,7 @@ class HopSession:
     async def _ask_for_more(self, inputs: Inputs) -> None:
         """Whoever feeds us a prompt, or replays one, keeps to what we have told to be done."""
         step = inputs.step
-        if inputs.source is not None and (step.replay or step.count > 1):
+        if inputs.source is not None and (step.count > 1 or not step.sample):
             done = Consumed(step.session, step.epoch, step.position + step.count)
             with contextlib.suppress(ConnectionLost):
                 await inputs.source.send(done, b"", Priority.CONTROL)
@@ -338,42 +365,54 @@ class HopSession:
             if computed.token is not None:
                 await self._close_round(step, computed.token, [*step.hops, hop])
             return
-        if step.replay and not following.fresh:
+        behind = await self._bring_up(following, step)
+        skipped = max(0, (self._next_holds or 0) - step.position)
+        if skipped >= step.count:
             return
+        self._next_holds = None
         assert computed.tensor is not None
-        onward = msgspec.structs.replace(step, tensor=computed.tensor, hops=[*step.hops, hop])
-        catching_up = not step.replay and not self._next_caught_up and following.fresh and not self.mine.fresh
-        if catching_up:
-            await self._replay(following, step.position)
-        self._next_caught_up = self._next_caught_up or not step.replay
+        onward = msgspec.structs.replace(
+            step,
+            position=step.position + skipped,
+            count=step.count - skipped,
+            tensor=Tensor(computed.tensor.dtype, [step.count - skipped, *computed.tensor.shape[1:]]),
+            held=self._tell(),
+            hops=[*step.hops, hop],
+        )
+        body = computed.body[skipped * row_bytes(self._around.span) :]
         # Behind a replay or a prompt its last step must not overtake the rest, so it takes the same lane.
-        urgent = step.count == 1 and step.sample and not catching_up and not self._prompt_before
+        urgent = onward.count == 1 and step.sample and not behind and not self._prompt_before
         self._prompt_before = not step.sample
-        if urgent or await self._may_send(onward):
-            await self._send(following, onward, computed.body, urgent=urgent)
+        await self._send_step(following, onward, body, urgent=urgent)
 
-    async def _replay(self, following: RouteSpan, end: int) -> None:
-        """Give a fresh hop everything that the lost one had seen."""
-        for start in range(0, end, PREFILL_CHUNK):
-            count = min(PREFILL_CHUNK, end - start)
-            step = Step(
-                session=self.open.session,
-                epoch=self.open.epoch,
+    async def _bring_up(self, following: RouteSpan, step: Step) -> bool:
+        """Give a next hop that holds less than we do the rest of our log; True when there was something."""
+        held = self._next_holds
+        if held is None or held >= step.position:
+            return False
+        for start in range(held, step.position, PREFILL_CHUNK):
+            count = min(PREFILL_CHUNK, step.position - start)
+            replayed = Step(
+                session=step.session,
+                epoch=step.epoch,
                 position=start,
                 count=count,
                 tensor=Tensor(wire_dtype(self._around.span), [count, self._around.span.hidden_size]),
-                replay=True,
+                held=self._tell(),
             )
-            if not await self._may_send(step):
-                return
-            await self._send(following, step, self._log.read(start, start + count), urgent=False)
+            await self._send_step(following, replayed, self._log.read(start, start + count), urgent=False)
+        return True
+
+    def _tell(self) -> list[int]:
+        told, self._untold = self._untold, []
+        return told
 
     async def _may_send(self, step: Step) -> bool:
-        """Wait until the next hop takes this step of a prompt. False when a newer epoch began meanwhile."""
+        """Wait until the next hop takes this step of a prompt. False when a newer route came meanwhile."""
         if self._allowed is None:
             self._allowed = step.position + PREFILL_WINDOW
         while step.position + step.count > self._allowed:
-            if self.epoch != step.epoch:
+            if self.newest.epoch != step.epoch:
                 return False
             self._stirred.clear()
             await self._stirred.wait()
@@ -417,6 +456,33 @@ class HopSession:
 
     # ------------------------------------------------------------ sending
 
+    async def _send_step(self, following: RouteSpan, step: Step, body: bytes, *, urgent: bool) -> None:
+        if self.epoch != step.epoch:
+            return
+        if urgent:
+            await self._send(following, step, body, urgent=True)
+        elif not await self._may_send(step) or not await self._until_newer(
+            self._send(following, step, body, urgent=False), step.epoch
+        ):
+            self._leave(step.epoch)
+
+    async def _until_newer(self, sending: Coroutine[Any, Any, None], epoch: int) -> bool:
+        """Send, and give up when a newer route is there: who does not take it may be who was lost."""
+        task = asyncio.ensure_future(sending)
+        try:
+            while not task.done() and self.newest.epoch == epoch:
+                self._stirred.clear()
+                stirred = asyncio.ensure_future(self._stirred.wait())
+                await asyncio.wait({task, stirred}, return_when=asyncio.FIRST_COMPLETED)
+                stirred.cancel()
+        finally:
+            if not task.done():
+                task.cancel()
+        if not task.done():
+            return False
+        task.result()  # an error of ours surfaces here
+        return True
+
     async def _send(self, to: RouteSpan, message: Step | Token, body: bytes = b"", *, urgent: bool) -> None:
         peer = PeerId(to.peer)
         if peer == self._around.me and isinstance(message, Token):
@@ -437,7 +503,7 @@ class HopSession:
         return channel
 
     async def _report_lost(self, peer: PeerId) -> None:
-        await self.tell(Lost(self.open.session, self.open.epoch, peer))
+        await self.tell(Lost(self.open.session, self.newest.epoch, peer))
 
     async def tell(self, message: PeerMessage) -> None:
         """To the asker. One that is gone hears nothing: the lease then ends the session."""
@@ -451,6 +517,10 @@ def scope(asker: PeerId, opened: Open) -> Hashable:
     return asker, tuple((entry.peer, entry.start, entry.end) for entry in hops)
 
 
-def _as_fresh(route: Sequence[RouteSpan]) -> list[RouteSpan]:
-    """Entries that are equal when peer and layers are."""
-    return [RouteSpan(entry.peer, entry.start, entry.end) for entry in route]
+def _same_layers(one: RouteSpan, other: RouteSpan) -> bool:
+    return (one.start, one.end) == (other.start, other.end)
+
+
+def _after(held: Sequence[int], index: int) -> int | None:
+    """What the hop after this one holds, if it is told."""
+    return held[index + 1] if index + 1 < len(held) else None

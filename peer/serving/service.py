@@ -140,7 +140,7 @@ class Service:
         for admitted in self._admitted.values():
             if admitted.session.uses(channel):
                 admitted.session.stir()
-                opened = admitted.session.open
+                opened = admitted.session.newest
                 lost = Lost(opened.session, opened.epoch, channel.peer)
                 self._tasks.start(admitted.session.tell(lost))
 
@@ -200,7 +200,7 @@ class Service:
         admitted = self._admitted.get(inputs.step.session)
         if admitted is None:
             self._reply(channel, Lost(inputs.step.session, inputs.step.epoch, self.me))
-        elif channel.peer == admitted.source:
+        elif channel.peer == admitted.sources.get(inputs.step.epoch):
             admitted.session.put(inputs)
 
     def _token(self, channel: Channel, arrival: Arrival) -> None:
@@ -269,19 +269,22 @@ class Service:
 
     def _open(self, channel: Channel, opened: Open) -> None:
         admitted = self._admitted.get(opened.session)
-        if admitted is not None and opened.epoch <= admitted.session.epoch:
+        if admitted is not None and opened.epoch <= admitted.session.newest.epoch:
             return
         refusal = self._refusal(channel, opened) or self._reserve(opened)
         if refusal is not None:
             self._reply(channel, refusal)
             return
+        beginning = self._beginning(channel, opened)
         if admitted is None:
             admitted = self._admit(channel, opened)
         admitted.session.asker = channel
-        admitted.session.renew(opened.epoch)
-        admitted.source = PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
+        admitted.session.renew(opened)
+        admitted.feed(
+            opened.epoch, PeerId(opened.route[opened.index - 1].peer) if opened.index else channel.peer
+        )
         admitted.deadline = time.monotonic() + self._lease_s
-        admitted.session.put(Admission(opened, self._beginning(channel, opened)))
+        admitted.session.put(Admission(opened, beginning))
 
     def _refusal(self, channel: Channel, opened: Open) -> Decline | None:
         admitted = self._admitted.get(opened.session)
@@ -332,8 +335,8 @@ class Service:
 
     def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:
         """What an earlier session left for this one; others are freed where reservations want the memory."""
-        mine = opened.route[opened.index]
-        pages = opened.pages if mine.fresh else []
+        admitted = self._admitted.get(opened.session)
+        pages = opened.pages if admitted is None or admitted.moves(opened) else []
         return self.prefixes.begin(scope(channel.peer, opened), pages, self._budget.free_bytes)
 
     def _bytes_per_token(self, start: int, end: int) -> int:
@@ -390,10 +393,21 @@ class _Admitted:
     def __init__(self, session: HopSession, task: asyncio.Task[None]) -> None:
         self.session = session
         self.task = task
-        self.source: PeerId = session.asker.peer
-        """Who may send it steps."""
         self.since = time.monotonic()
+        self.sources: dict[int, PeerId] = {}
+        """Who may send it steps, by epoch: of the route that it serves, and of the one that is coming."""
         self.deadline = 0.0
+
+    def feed(self, epoch: int, source: PeerId) -> None:
+        """From that epoch on, steps come from there."""
+        kept = [old for old in self.sources if old >= self.session.open.epoch]
+        self.sources = {old: self.sources[old] for old in kept} | {epoch: source}
+
+    def moves(self, opened: Open) -> bool:
+        """True when a route gives it other layers, so that what it holds is of no use there."""
+        before = self.session.newest
+        was, now = before.route[before.index], opened.route[opened.index]
+        return (was.start, was.end) != (now.start, now.end)
 
 
 def _link_ms(channel: Channel) -> float | None:

@@ -4,10 +4,10 @@ A state machine without clocks or sockets: it takes events and returns effects, 
 the very code that production runs. `generation.py` carries the effects out.
 
 Recovery in one paragraph. Every hop keeps the hidden states that it sent on (its input log); the asker keeps
-the token ids. When a hop is lost, the session takes a new route under the next epoch. A hop that has no KV
-cache of the session is marked fresh, and the hop before it replays its log to it, before it passes on the
-first step of the new epoch. That first step repeats the last known token, so every surviving hop truncates
-by at most the few positions that were in flight, and no token that was shown is sampled again.
+the token ids. When a hop is lost, the session takes a new route under the next epoch. Each hop of it answers
+how many positions it holds; the first step of the epoch tells each what the next one holds, and whoever holds
+more replays the rest from its log before it passes that step on. At the latest the last known token is fed
+again, so a hop truncates by at most the few positions that were in flight, and no token is sampled again.
 """
 
 from __future__ import annotations
@@ -145,7 +145,13 @@ class ClientSession:
         self._awaiting: set[PeerId] = set()
         self._held: dict[PeerId, int] = {}
         """What each hop of this epoch holds, by its own word."""
-        self._caught_up: set[PeerId] = set()
+        self._sure = self._limit
+        """Positions that every hop holds as the asker knows them, should it hold so many."""
+        self._before: tuple[int, PeerId] | None = None
+        """The epoch fed before this one, and its last hop: its tokens count until this one's come."""
+        self._last_hop = PeerId("")
+        self._parting: set[PeerId] = set()
+        """Peers that the route left; they go on until the new route has shown that it works."""
         self._losses: dict[PeerId, int] = {}
         self._refused: set[PeerId] = set()
         """Peers that declined since the session last ran: they may have room another time, not now."""
@@ -197,6 +203,9 @@ class ClientSession:
     # ------------------------------------------------------------ opening
 
     def _open(self) -> list[Effect]:
+        if self._state == "running":
+            self._before = self.epoch - 1, self._last_hop
+        self._last_hop = self.peers[-1]
         self._state = "opening"
         self._unsent.clear()
         self._awaiting = set(self.peers)
@@ -234,16 +243,12 @@ class ClientSession:
 
     def _feed(self) -> list[Effect]:
         """Bring the ring to the point where it draws the next token."""
-        last = len(self.tokens) - 1
-        if self._caught_up:
-            # Every hop that is not fresh holds all positions but the last: that token came through it.
-            resume, begin = last, 0 if self.route[0].fresh else last
-        else:
-            # Each holds what it kept of a session that began like this one, most often nothing.
-            resume = begin = min(last, *self._held.values())
-        self._unsent += self._steps(begin, resume, replay=True)
-        self._unsent += self._steps(resume, len(self.tokens), replay=False)
-        return self._sendable(begin)
+        # The last position is computed again in any case: a token comes of nothing else.
+        most = min(len(self.tokens) - 1, self._sure)
+        held = [min(self._held[peer], most) for peer in self.peers]
+        self._sure = self._limit
+        self._unsent += self._steps(held)
+        return self._sendable(held[0])
 
     def _sendable(self, consumed: int) -> list[Effect]:
         """The steps that may go now that the first hop is done with those before `consumed`."""
@@ -252,27 +257,31 @@ class ClientSession:
             effects.append(self._unsent.popleft())
         return effects
 
-    def _steps(self, start: int, end: int, *, replay: bool) -> list[Send]:
+    def _steps(self, held: list[int]) -> list[Send]:
+        """All from what the first hop holds to the last known token, which draws the next one."""
+        start, end = held[0], len(self.tokens)
         return [
-            self._step(position, min(position + PREFILL_CHUNK, end), last=end, replay=replay)
+            self._step(position, min(position + PREFILL_CHUNK, end), held if position == start else [])
             for position in range(start, end, PREFILL_CHUNK)
         ]
 
-    def _step(self, start: int, end: int, *, last: int, replay: bool) -> Send:
+    def _step(self, start: int, end: int, held: list[int]) -> Send:
         step = Step(
             session=self.session,
             epoch=self.epoch,
             position=start,
             count=end - start,
             tensor=Tensor("int32", [end - start]),
-            sample=end == last and not replay,
-            replay=replay,
+            sample=end == len(self.tokens),
+            held=held,
         )
         return Send(self.peers[0], step, array("i", self.tokens[start:end]).tobytes(), prefill=True)
 
     # ------------------------------------------------------------ running
 
     def _receive(self, peer: PeerId, message: PeerMessage) -> list[Effect]:
+        if isinstance(message, Token) and (message.epoch, peer) == self._before:
+            return self._drawn_before(message)
         if peer not in self.peers:
             return []  # a peer that the route left may be slow to hear of it, or not be honest
         match message:
@@ -292,16 +301,45 @@ class ClientSession:
                 return []  # of an epoch that is over
 
     def _drawn(self, token: Token) -> list[Effect]:
-        if token.position != len(self.tokens):
+        settled = self._settle()
+        if token.position < len(self.tokens):
+            # The epoch before was faster. The same logits draw the same token; other hardware may round them
+            # to another one, and then what was shown counts.
+            agreed = self.tokens[token.position] == token.token
+            return settled if agreed else settled + self._go_back(token.position)
+        if token.position > len(self.tokens):
             return self._finish(
                 ProtocolError(f"a token for position {token.position} came, expected {len(self.tokens)}")
             )
-        self._caught_up = set(self.peers)
+        return settled + self._take(token)
+
+    def _drawn_before(self, token: Token) -> list[Effect]:
+        """A route that is being left still answered."""
+        # The new last hop knows the tokens up to its `Open`, and penalties count all.
+        if token.position != len(self.tokens) or self._request.sampling.needs_history:
+            return []
+        return self._take(token)
+
+    def _take(self, token: Token) -> list[Effect]:
         self.tokens.append(token.token)
         drawn: list[Effect] = [Emit(Drawn(token.position, token.token, token.hops, token.stop))]
         if token.stop or len(self.tokens) >= self._limit:
             return drawn + self._finish(None)
         return drawn + self._grant()
+
+    def _settle(self) -> list[Effect]:
+        """The new route works: who is not on it any more may go."""
+        self._before = None
+        parting, self._parting = self._parting, set()
+        return [Send(peer, Close(self.session)) for peer in sorted(parting)]
+
+    def _go_back(self, position: int) -> list[Effect]:
+        """Open the same route anew: what it computed from `position` on is of tokens that were not shown."""
+        self._sure = position
+        self.epoch += 1
+        opening = self._open()
+        self._before = None  # its tokens follow the one that was not shown
+        return opening
 
     def _grant(self) -> list[Effect]:
         if self._credit >= self._limit or self._credit - len(self.tokens) > CREDIT_WINDOW // 2:
@@ -334,18 +372,17 @@ class ClientSession:
             self._losses[lost] = self._losses.get(lost, 0) + 1
         else:
             self._refused.add(lost)
-        self._caught_up.discard(lost)
         try:
             route = self._replan(lost)
         except NoRoute as error:
             return self._finish(refusal or error)
         except CorollaError as error:
             return self._finish(error)
-        dropped = [Send(peer, Close(self.session)) for peer in self.peers if peer not in _peers(route)]
-        self.route = [self._with_freshness(span) for span in route]
+        self._parting = {*self._parting, *self.peers} - {PeerId(span.peer) for span in route}
+        self.route = route
         self.epoch += 1
         rerouted = Rerouted(lost, (gone.start, gone.end), self.route, declined=refusal is not None)
-        return [*dropped, Emit(rerouted), *self._open()]
+        return [Emit(rerouted), *self._open()]
 
     def _replan(self, lost: PeerId) -> list[RouteSpan]:
         survivors = [span for span in self.route if span.peer != lost]
@@ -358,22 +395,14 @@ class ClientSession:
                 raise
             return self._plan(survivors, twice | self._refused)
 
-    def _with_freshness(self, span: RouteSpan) -> RouteSpan:
-        kept = any((old.peer, old.start, old.end) == (span.peer, span.start, span.end) for old in self.route)
-        return msgspec.structs.replace(span, fresh=not (kept and span.peer in self._caught_up))
-
     def _finish(self, error: CorollaError | None) -> list[Effect]:
         self._state = "over"
         pages = self._name_pages(self.tokens) if error is None else []
         closes: list[Effect] = [Send(peer, Close(self.session, pages)) for peer in self.peers]
-        return [*closes, Finish(error)]
+        return [*self._settle(), *closes, Finish(error)]
 
 
 def _end_of(send: Send) -> int:
     """The position behind the last one of a step."""
     assert isinstance(send.message, Step)
     return send.message.position + send.message.count
-
-
-def _peers(route: Sequence[RouteSpan]) -> set[str]:
-    return {span.peer for span in route}

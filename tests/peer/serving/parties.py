@@ -240,16 +240,16 @@ class House:
                 return party.pipe
         raise ConnectionLost(f"{peer[:8]} is not connected")
 
-    def route(self, *entries: tuple[str, int, int], fresh: bool = True) -> list[RouteSpan]:
+    def route(self, *entries: tuple[str, int, int]) -> list[RouteSpan]:
         """`me` is the service; other names are parties."""
         return [
-            RouteSpan(self.me if name == "me" else self.party(name).id, start, end, fresh)
+            RouteSpan(self.me if name == "me" else self.party(name).id, start, end)
             for name, start, end in entries
         ]
 
-    def open(self, *entries: tuple[str, int, int], fresh: bool = True, **changes: Any) -> Open:  # noqa: ANN401
+    def open(self, *entries: tuple[str, int, int], **changes: Any) -> Open:  # noqa: ANN401
         """An honest `Open` for the given route, or for the whole model here."""
-        route = self.route(*(entries or (("me", 0, LAYERS),)), fresh=fresh)
+        route = self.route(*(entries or (("me", 0, LAYERS),)))
         fields: dict[str, Any] = {
             "session": SESSION,
             "epoch": 0,

@@ -139,18 +139,21 @@ async def test_the_kept_log_still_brings_a_fresh_next_hop_to_the_same_state() ->
         assert (await asker.opens(asked)).position == 64
         await ann.say(states_step(64, 5, session="2" * 32), states_body(states[64:69]))
         await eve.hear_step()
-        entries = [*home.route(*route[:2], fresh=False), *home.route(("dora", 4, 6))]
+        entries = [*home.route(*route[:2]), *home.route(("dora", 4, 6))]
         await asker.opens(home.open(session="2" * 32, max_tokens=100, epoch=1, route=entries, index=1))
-        await ann.say(states_step(69, 1, session="2" * 32, epoch=1, sample=True), states_body(states[69:]))
+        await ann.say(
+            states_step(69, 1, session="2" * 32, epoch=1, held=[69, 69, 0]), states_body(states[69:])
+        )
 
         replay, replayed = await home.party("dora").hear_step()
-        assert (replay.position, replay.count, replay.replay) == (0, 69, True)
+        assert (replay.position, replay.count) == (0, 69)
         got = torch.frombuffer(bytearray(replayed), dtype=torch.float32).view(-1, HIDDEN)
         torch.testing.assert_close(got, expected_states(tuple(TEXT[:70]), 4)[:69], rtol=1e-4, atol=1e-4)
 
         # What two different hops fed is nobody's beginning.
-        moved = [*home.route(("bob", 0, 2)), *home.route(*route[1:], fresh=False)]
+        moved = [*home.route(("bob", 0, 2)), *home.route(*route[1:])]
         await asker.opens(home.open(session="2" * 32, max_tokens=100, epoch=2, route=moved, index=1))
+        await home.party("bob").say(states_step(69, 1, session="2" * 32, epoch=2), states_body(states[69:]))
         await asker.say(Close("2" * 32, pages))
         assert len(home.service.prefixes) == 0
 

@@ -110,7 +110,7 @@ async def test_a_session_draws_what_the_whole_model_draws_and_stops_at_its_credi
             [(home.me, 0, LAYERS)]
         ] * NEW
         # Without further credit, no further token: the next thing heard answers the next message.
-        await nothing_came_before(ann, limited(home, epoch=1, fresh=False))
+        await nothing_came_before(ann, limited(home, epoch=1))
 
 
 async def test_a_grant_by_the_asker_lets_the_ring_go_on() -> None:
@@ -138,7 +138,7 @@ async def test_a_stop_token_ends_the_ring() -> None:
 
         assert [token.token for token in tokens] == expected[:end]
         assert [token.stop for token in tokens] == [False] * (end - 1) + [True]
-        await nothing_came_before(ann, home.open(epoch=1, fresh=False))
+        await nothing_came_before(ann, home.open(epoch=1))
 
 
 async def test_a_middle_hop_passes_on_what_the_layers_give() -> None:
@@ -198,7 +198,8 @@ async def test_the_last_position_of_a_prompt_does_not_overtake_the_rest() -> Non
         assert eve.pipe.lanes == [Priority.PREFILL, Priority.PREFILL, Priority.DECODE]
 
 
-async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
+@pytest.mark.parametrize("held", [0, 5])
+async def test_a_next_hop_that_holds_less_gets_the_rest_before_the_first_step(held: int) -> None:
     states = expected_states(tuple(PROMPT), 2)
     async with house(span(2, 4)) as home:
         asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
@@ -206,37 +207,63 @@ async def test_a_fresh_next_hop_gets_everything_before_the_first_step() -> None:
         await ann.say(states_step(0, 8), states_body(states[:8]))
         await eve.hear_step()
 
-        route = [*home.route(*MIDDLE[:2], fresh=False), *home.route(("dora", 4, 6))]
+        route = [*home.route(*MIDDLE[:2]), *home.route(("dora", 4, 6))]
         assert (await asker.opens(home.open(epoch=1, route=route, index=1))).position == 8
-        await ann.say(states_step(8, 1, epoch=1, sample=True), states_body(states[8:]))
+        await ann.say(states_step(8, 1, epoch=1, sample=True, held=[8, 8, held]), states_body(states[8:]))
 
         dora = home.party("dora")
         replay, replayed = await dora.hear_step()
         onward, last = await dora.hear_step()
-        assert (replay.position, replay.count, replay.replay, replay.sample) == (0, 8, True, False)
-        assert (onward.position, onward.count, onward.replay, onward.sample) == (8, 1, False, True)
+        assert (replay.position, replay.count, replay.sample, replay.held) == (
+            held,
+            8 - held,
+            False,
+            [8, 8, held],
+        )
+        assert (onward.position, onward.count, onward.sample, onward.held) == (8, 1, True, [])
         got = torch.frombuffer(bytearray(replayed + last), dtype=torch.float32).view(-1, HIDDEN)
-        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4)[held:], rtol=1e-4, atol=1e-4)
         assert eve.heard_nothing
 
 
-async def test_a_replay_ends_at_a_next_hop_that_has_it_already() -> None:
+@pytest.mark.parametrize("held", [6, 8])
+async def test_a_replay_ends_at_a_next_hop_that_has_it_already(held: int) -> None:
     states = expected_states(tuple(PROMPT), 2)
     async with house(span(2, 4)) as home:
-        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
-        await asker.opens(home.open(*MIDDLE))
-        await ann.say(states_step(0, 8), states_body(states[:8]))
-        await eve.hear_step()
+        asker, bob, eve = home.party("asker"), home.party("bob"), home.party("eve")
+        assert (await asker.opens(home.open(("bob", 0, 2), *MIDDLE[1:], epoch=1))).position == 0
+        await bob.say(states_step(0, 5, epoch=1, held=[0, 0, held]), states_body(states[:5]))
+        await bob.say(states_step(5, 3, epoch=1), states_body(states[5:8]))
+        await bob.say(states_step(8, 1, epoch=1, sample=True), states_body(states[8:]))
 
-        route = [*home.route(*MIDDLE[:2]), *home.route(MIDDLE[2], fresh=False)]
-        assert (await asker.opens(home.open(epoch=1, route=route, index=1))).position == 0
-        await ann.say(states_step(0, 8, epoch=1, replay=True), states_body(states[:8]))
-        await ann.say(states_step(8, 1, epoch=1, sample=True), states_body(states[8:]))
+        got = bytearray()
+        for position, count in [(held, 8 - held), (8, 1)]:
+            if count:
+                onward, body = await eve.hear_step()
+                assert (onward.position, onward.count, onward.sample) == (position, count, position == 8)
+                got += body
+        states = torch.frombuffer(got, dtype=torch.float32).view(-1, HIDDEN)
+        torch.testing.assert_close(states, expected_states(tuple(PROMPT), 4)[held:], rtol=1e-4, atol=1e-4)
 
-        onward, last = await eve.hear_step()
-        assert (onward.position, onward.count, onward.replay) == (8, 1, False)
-        got = torch.frombuffer(bytearray(last), dtype=torch.float32).view(-1, HIDDEN)
-        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4)[8:], rtol=1e-4, atol=1e-4)
+
+async def test_a_route_is_taken_with_its_first_step_and_the_one_before_goes_on_until_then() -> None:
+    expected = expected_tokens(tuple(PROMPT), NEW + 2)
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(limited(home))
+        await ann.say(*PREFILL)
+        await ann.hear_tokens(NEW)
+
+        await ann.opens(limited(home, epoch=1))
+        await ann.say(Grant(SESSION, 0, len(PROMPT) + NEW + 2))
+        assert await ann.hear_tokens(2) == expected[NEW:]
+
+        last = len(PROMPT) + NEW
+        await ann.say(step(last, 1, epoch=1, sample=True), ids_body([expected[NEW]]))
+        token = await ann.hear(Token)
+        assert (token.epoch, token.position, token.token) == (1, last + 1, expected[NEW + 1])
+        await ann.say(step(last, 1, epoch=0, sample=True), ids_body([expected[NEW]]))
+        await nothing_came_before(ann, limited(home, epoch=2))
 
 
 # ---------------------------------------------------------------- admission
@@ -378,7 +405,7 @@ async def test_a_session_keeps_the_size_it_was_opened_with(max_tokens: int) -> N
         ann = home.party("ann")
         await ann.opens(home.open())
         held = home.budget.reserved_bytes
-        await ann.say(home.open(epoch=1, max_tokens=max_tokens, fresh=False))
+        await ann.say(home.open(epoch=1, max_tokens=max_tokens))
         assert (await ann.hear(Decline)).code == "invalid"
         assert home.budget.reserved_bytes == held
 
@@ -422,7 +449,7 @@ async def test_only_the_asker_may_grant() -> None:
 
         await mallory.say(Grant(SESSION, 0, 40))
 
-        await nothing_came_before(ann, limited(home, 2, epoch=1, fresh=False))
+        await nothing_came_before(ann, limited(home, 2, epoch=1))
 
 
 async def test_only_the_asker_may_close() -> None:
@@ -588,25 +615,27 @@ async def test_a_higher_epoch_keeps_the_cache_and_older_steps_are_dropped() -> N
         await ann.say(step(0, len(PROMPT), epoch=3, sample=True), PREFILL[1])
         await ann.hear_tokens(NEW)
 
-        answer = await ann.opens(limited(home, epoch=5, fresh=False))
+        answer = await ann.opens(limited(home, epoch=5))
         assert answer == Opened(SESSION, 5, len(PROMPT) + NEW - 1)
+        # The last prompt token again is all that is needed.
+        again = step(len(PROMPT) - 1, 1, epoch=5, sample=True), ids_body(PROMPT[-1:])
+        await ann.say(*again)
+        assert await ann.hear_tokens(NEW) == expected_tokens(tuple(PROMPT), NEW)
         for epoch in (0, 3, 4, 6):
             await ann.say(step(0, len(PROMPT), epoch=epoch, sample=True), PREFILL[1])
         await ann.say(limited(home, epoch=4))
-        await nothing_came_before(ann, limited(home, epoch=6, fresh=False))
-
-        # The last prompt token again is all that is needed.
-        await ann.say(step(len(PROMPT) - 1, 1, epoch=6, sample=True), ids_body(PROMPT[-1:]))
-        assert await ann.hear_tokens(NEW) == expected_tokens(tuple(PROMPT), NEW)
+        await nothing_came_before(ann, limited(home, epoch=6))
 
 
-async def test_a_fresh_entry_begins_with_an_empty_cache() -> None:
+async def test_other_layers_begin_with_an_empty_cache() -> None:
     async with house() as home:
         ann = home.party("ann")
         await ann.opens(limited(home))
         await ann.say(*PREFILL)
         await ann.hear_tokens(NEW)
-        assert (await ann.opens(limited(home, epoch=1))).position == 0
+        assert (await ann.opens(limited(home, epoch=1))).position == len(PROMPT) + NEW - 1
+        other = home.open(("me", 0, 5), ("eve", 5, 6), epoch=2)
+        assert (await ann.opens(other)).position == 0
 
 
 async def test_a_step_beyond_what_is_here_asks_for_a_replay() -> None:

@@ -55,7 +55,7 @@ def wild_messages(
         repetition_penalty=st.floats(0.01, 100),
     )
     here = st.just(RouteSpan(peers[0], 0, LAYERS))
-    anywhere = st.builds(RouteSpan, peer, layer, layer, st.booleans())
+    anywhere = st.builds(RouteSpan, peer, layer, layer)
     opened = st.builds(
         Open,
         session=session,
@@ -121,7 +121,7 @@ def _steps(
         count=count,
         tensor=tensor,
         sample=draw(st.booleans()),
-        replay=draw(st.booleans()),
+        held=draw(st.lists(position, max_size=4)),
         hops=draw(hops),
     )
     return asked, body[: draw(st.sampled_from([size, size, size, 3]))]

@@ -62,14 +62,14 @@ def test_sessions_spread_over_peers_that_cost_the_same() -> None:
 
 
 def test_a_gap_is_filled_and_the_survivors_stay() -> None:
-    survivors = [RouteSpan("ann", 0, 4, fresh=False), RouteSpan("eve", 6, 8, fresh=False)]
+    survivors = [RouteSpan("ann", 0, 4), RouteSpan("eve", 6, 8)]
     candidates = [peer("ann", 0, 8), peer("eve", 6, 8), peer("dan", 2, 8)]
     route = fill_route(survivors, candidates, 8, model="demo", tokens=1, salt="s")
     assert route == [survivors[0], RouteSpan("dan", 4, 6), survivors[1]]
 
 
 def test_when_only_a_survivor_can_fill_the_gap_the_route_is_planned_anew() -> None:
-    survivors = [RouteSpan("ann", 0, 4, fresh=False)]
+    survivors = [RouteSpan("ann", 0, 4)]
     route = fill_route(survivors, [peer("ann", 0, 8)], 8, model="demo", tokens=1, salt="s")
     assert route == [RouteSpan("ann", 0, 8)]
 

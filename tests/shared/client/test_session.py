@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from shared.client.session import (
     CREDIT_WINDOW,
@@ -33,6 +34,7 @@ from shared.protocol import (
     Open,
     Opened,
     RouteSpan,
+    Sampling,
     Step,
     Token,
 )
@@ -62,10 +64,12 @@ def sends(effects: list[Effect], kind: type) -> list[Send]:
     return [effect for effect in effects if isinstance(effect, Send) and isinstance(effect.message, kind)]
 
 
-def open_all(machine: ClientSession, position: int = 0) -> list[Effect]:
+def open_all(machine: ClientSession, *positions: int) -> list[Effect]:
+    """Every hop answers; each holds so many positions, none unless told."""
     effects: list[Effect] = []
-    for peer in machine.peers:
-        effects = machine.handle(Received(peer, Opened(SESSION, machine.epoch, position)))
+    for peer, position in zip_longest(machine.peers, positions, fillvalue=0):
+        assert isinstance(peer, str)
+        effects = machine.handle(Received(PeerId(peer), Opened(SESSION, machine.epoch, position)))
     return effects
 
 
@@ -74,11 +78,16 @@ def draw(machine: ClientSession, position: int, token: int = 7, *, stop: bool = 
     return machine.handle(Received(machine.peers[-1], drawn))
 
 
-def steps(effects: list[Effect]) -> list[tuple[int, int, bool, bool]]:
+def steps(effects: list[Effect]) -> list[tuple[int, int, bool]]:
+    """Position, count and whether it draws, of each step."""
     messages = [send.message for send in sends(effects, Step)]
-    return [
-        (step.position, step.count, step.sample, step.replay) for step in messages if isinstance(step, Step)
-    ]
+    return [(step.position, step.count, step.sample) for step in messages if isinstance(step, Step)]
+
+
+def held(effects: list[Effect]) -> list[list[int]]:
+    """What each step tells of the hops."""
+    messages = [send.message for send in sends(effects, Step)]
+    return [step.held for step in messages if isinstance(step, Step)]
 
 
 def test_every_hop_is_opened_before_the_prompt_is_sent() -> None:
@@ -87,7 +96,7 @@ def test_every_hop_is_opened_before_the_prompt_is_sent() -> None:
     assert [send.peer for send in sends(opening, Open)] == [ANN, BOB]
     assert machine.handle(Received(ANN, Opened(SESSION, 0, 0))) == []
     effects = machine.handle(Received(BOB, Opened(SESSION, 0, 0)))
-    assert steps(effects) == [(0, 3, True, False)]
+    assert steps(effects) == [(0, 3, True)]
     [step] = sends(effects, Step)
     assert step.peer == ANN
     assert array("i", step.body).tolist() == [0, 1, 2]
@@ -96,7 +105,7 @@ def test_every_hop_is_opened_before_the_prompt_is_sent() -> None:
 def test_a_long_prompt_goes_in_chunks_and_only_the_last_one_draws() -> None:
     machine = session(Plan(BOB), prompt=PREFILL_CHUNK + 5)
     machine.start()
-    assert steps(open_all(machine)) == [(0, PREFILL_CHUNK, False, False), (PREFILL_CHUNK, 5, True, False)]
+    assert steps(open_all(machine)) == [(0, PREFILL_CHUNK, False), (PREFILL_CHUNK, 5, True)]
 
 
 def test_a_prompt_goes_no_further_than_the_first_hop_has_made_room_for() -> None:
@@ -106,12 +115,12 @@ def test_a_prompt_goes_no_further_than_the_first_hop_has_made_room_for() -> None
 
     assert len(steps(open_all(machine))) == chunks
     [further] = steps(machine.handle(Received(ANN, Consumed(SESSION, 0, PREFILL_CHUNK))))
-    assert further == (PREFILL_WINDOW, PREFILL_CHUNK, False, False)
+    assert further == (PREFILL_WINDOW, PREFILL_CHUNK, False)
     assert machine.handle(Received(ANN, Consumed(SESSION, 0, PREFILL_CHUNK))) == []
     assert machine.handle(Received(BOB, Consumed(SESSION, 0, PREFILL_WINDOW))) == []
     assert steps(machine.handle(Received(ANN, Consumed(SESSION, 0, PREFILL_WINDOW)))) == [
-        (PREFILL_WINDOW + PREFILL_CHUNK, PREFILL_CHUNK, False, False),
-        (PREFILL_WINDOW + 2 * PREFILL_CHUNK, 1, True, False),
+        (PREFILL_WINDOW + PREFILL_CHUNK, PREFILL_CHUNK, False),
+        (PREFILL_WINDOW + 2 * PREFILL_CHUNK, 1, True),
     ]
 
 
@@ -162,9 +171,11 @@ def test_a_lost_hop_is_replaced_and_the_last_token_is_fed_again() -> None:
     assert isinstance(rerouted, Rerouted)
     assert (rerouted.lost, rerouted.lost_span) == (BOB, (4, 8))
     assert machine.epoch == 1
-    assert machine.route == [RouteSpan(ANN, 0, 4, fresh=False), RouteSpan(EVE, 4, 8, fresh=True)]
-    assert steps(open_all(machine)) == [(4, 1, True, False)]
-    assert draw(machine, 5) == [Emit(Drawn(5, 7, [], stop=False))]
+    assert machine.route == [RouteSpan(ANN, 0, 4), RouteSpan(EVE, 4, 8)]
+    effects = open_all(machine, 6, 0)
+    assert steps(effects) == [(4, 1, True)]
+    assert held(effects) == [[4, 0]]
+    assert Emit(Drawn(5, 7, [], stop=False)) in draw(machine, 5)
 
 
 def test_a_lost_first_hop_gets_its_token_ids_replayed_by_the_asker() -> None:
@@ -178,20 +189,23 @@ def test_a_lost_first_hop_gets_its_token_ids_replayed_by_the_asker() -> None:
     draw(machine, 3)
     draw(machine, 4)
     machine.handle(PeerLost(ANN))
-    assert machine.route == [RouteSpan(EVE, 0, 4, fresh=True), RouteSpan(BOB, 4, 8, fresh=False)]
-    assert steps(open_all(machine)) == [(0, 4, False, True), (4, 1, True, False)]
+    assert machine.route == [RouteSpan(EVE, 0, 4), RouteSpan(BOB, 4, 8)]
+    effects = open_all(machine, 0, 4)
+    assert steps(effects) == [(0, 5, True)]
+    assert held(effects) == [[0, 4]]
 
 
-def test_a_loss_before_the_first_token_starts_the_prompt_anew() -> None:
-    machine = session(Plan(BOB, EVE))
+def test_a_loss_during_the_prompt_costs_only_what_the_lost_hop_held() -> None:
+    machine = session(Plan(BOB, EVE), prompt=3 * PREFILL_CHUNK)
     machine.start()
     open_all(machine)
     machine.handle(PeerLost(BOB))
-    assert all(span.fresh for span in machine.route)
-    assert steps(open_all(machine)) == [(0, 3, True, False)]
+    effects = open_all(machine, 2 * PREFILL_CHUNK, 0)
+    assert steps(effects) == [(2 * PREFILL_CHUNK, PREFILL_CHUNK, True)]
+    assert held(effects) == [[2 * PREFILL_CHUNK, 0]]
 
 
-def test_a_replacement_that_dies_before_its_first_token_counts_as_fresh_again() -> None:
+def test_a_replacement_that_dies_during_its_replay_is_replaced() -> None:
     machine = session(Plan(BOB, EVE, PeerId("d" * 64)))
     machine.start()
     open_all(machine)
@@ -200,8 +214,83 @@ def test_a_replacement_that_dies_before_its_first_token_counts_as_fresh_again() 
     open_all(machine)
     machine.handle(PeerLost(EVE))
     assert machine.epoch == 2
-    assert [span.fresh for span in machine.route] == [False, True]
-    assert steps(open_all(machine)) == [(3, 1, True, False)]
+    assert machine.peers == [ANN, PeerId("d" * 64)]
+    effects = open_all(machine, 4, 0)
+    assert steps(effects) == [(3, 1, True)]
+    assert held(effects) == [[3, 0]]
+
+
+def test_a_peer_that_the_route_left_may_go_once_the_new_route_has_drawn_a_token() -> None:
+    machine = session(Plan(BOB, EVE))
+    machine.start()
+    open_all(machine)
+    draw(machine, 3)
+    assert sends(machine.handle(PeerLost(BOB)), Close) == []
+    open_all(machine, 4, 0)
+    assert [send.peer for send in sends(draw(machine, 4), Close)] == [BOB]
+    assert sends(draw(machine, 5), Close) == []
+
+
+def before(machine: ClientSession, position: int, token: int = 7) -> list[Effect]:
+    """A token of the epoch before, from BOB."""
+    return machine.handle(Received(BOB, Token(SESSION, machine.epoch - 1, position, token)))
+
+
+def drawn(effects: list[Effect]) -> list[int]:
+    """The positions of the tokens that the asker gets."""
+    events = [effect.event for effect in effects if isinstance(effect, Emit)]
+    return [event.position for event in events if isinstance(event, Drawn)]
+
+
+def test_the_route_before_may_answer_until_the_new_one_does_and_each_token_comes_once() -> None:
+    machine = session(Plan(BOB, EVE))
+    machine.start()
+    open_all(machine)
+    draw(machine, 3)
+    machine.handle(PeerLost(BOB))
+
+    assert drawn(before(machine, 4)) == [4]
+    effects = open_all(machine, 4, 0)
+    assert steps(effects) == [(4, 1, True)]
+    assert held(effects) == [[4, 0]]
+    assert drawn(before(machine, 5)) == [5]
+    assert drawn(before(machine, 7)) == [], "one is missing: the new route draws it"
+    assert drawn(draw(machine, 5)) == [], "it was there already"
+    assert drawn(before(machine, 6)) == [], "the new route has taken over"
+    assert drawn(draw(machine, 6)) == [6]
+
+
+def test_what_was_shown_counts_when_the_new_route_draws_another_token() -> None:
+    machine = session(Plan(BOB, EVE))
+    machine.start()
+    open_all(machine)
+    draw(machine, 3)
+    machine.handle(PeerLost(BOB))
+    open_all(machine, 4, 4)
+    before(machine, 4, token=7)
+    before(machine, 5, token=7)
+
+    effects = draw(machine, 4, token=9)
+
+    assert machine.epoch == 2
+    assert [send.peer for send in sends(effects, Open)] == [ANN, EVE]
+    effects = open_all(machine, 6, 6)
+    assert steps(effects) == [(4, 2, True)], "the other token has no place in any cache"
+    assert held(effects) == [[4, 4]]
+    assert drawn(draw(machine, 6)) == [6]
+
+
+def test_with_penalties_only_one_route_at_a_time_answers() -> None:
+    sampling = Sampling(repetition_penalty=1.2)
+    request = Request(artefact="0" * 64, prompt=range(3), max_new_tokens=10, sampling=sampling)
+    machine = ClientSession(SESSION, request, Plan(BOB, EVE))
+    machine.start()
+    open_all(machine)
+    draw(machine, 3)
+    [*_, opened] = [send.message for send in sends(machine.handle(PeerLost(BOB)), Open)]
+    assert isinstance(opened, Open)
+    assert opened.history == [0, 1, 2, 7]
+    assert drawn(before(machine, 4)) == []
 
 
 def test_messages_of_an_older_epoch_change_nothing() -> None:
@@ -210,7 +299,9 @@ def test_messages_of_an_older_epoch_change_nothing() -> None:
     open_all(machine)
     draw(machine, 3)
     machine.handle(PeerLost(BOB))
-    stale = Token(SESSION, 0, 4, 9)
+    open_all(machine)
+    draw(machine, 4)
+    stale = Token(SESSION, 0, 5, 9)
     assert machine.handle(Received(BOB, stale)) == []
     assert machine.handle(Received(ANN, Failed(SESSION, 0, "late"))) == []
     assert machine.handle(Received(ANN, Opened(SESSION, 0, 0))) == []
@@ -314,42 +405,19 @@ def test_open_and_close_name_the_tokens_page_by_page() -> None:
     assert [message.pages for message in closing if isinstance(message, Close)] == [PAGES] * 2
 
 
-def test_the_prompt_begins_behind_what_every_hop_has_kept() -> None:
+def test_the_prompt_begins_behind_what_the_first_hop_has_kept() -> None:
     machine = named()
     machine.start()
     machine.handle(Received(ANN, Opened(SESSION, 0, 192)))
     effects = machine.handle(Received(BOB, Opened(SESSION, 0, 128)))
-    assert steps(effects) == [(128, 72, True, False)]
-
-
-def test_without_a_part_at_every_hop_the_prompt_begins_at_its_beginning() -> None:
-    machine = named()
-    machine.start()
-    machine.handle(Received(ANN, Opened(SESSION, 0, 192)))
-    assert steps(machine.handle(Received(BOB, Opened(SESSION, 0, 0)))) == [(0, 200, True, False)]
+    assert steps(effects) == [(192, 8, True)]
+    assert held(effects) == [[192, 128]]
 
 
 def test_however_much_was_kept_the_last_token_is_computed_anew() -> None:
     machine = named()
     machine.start()
-    assert steps(open_all(machine, position=1 << 20)) == [(199, 1, True, False)]
-
-
-def test_a_loss_in_mid_answer_is_replayed_from_the_beginning_whatever_the_new_hop_kept() -> None:
-    machine = named()
-    machine.start()
-    open_all(machine, position=64)
-    draw(machine, 200)
-    machine.handle(Received(ANN, Lost(SESSION, 0, BOB)))
-    assert steps(open_all(machine, position=128)) == [(200, 1, True, False)]
-
-    machine = named()
-    machine.start()
-    open_all(machine)
-    assert machine.route[1].peer == BOB
-    machine.handle(PeerLost(BOB))
-    effects = open_all(machine, position=128)
-    assert steps(effects) == [(128, 72, True, False)], "nothing was drawn yet: all hops are fresh"
+    assert steps(open_all(machine, 1 << 20, 1 << 20)) == [(199, 1, True)]
 
 
 def test_nothing_is_to_be_kept_of_a_session_that_failed() -> None:
