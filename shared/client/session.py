@@ -378,11 +378,14 @@ class ClientSession:
             return self._finish(refusal or error)
         except CorollaError as error:
             return self._finish(error)
-        self._parting = {*self._parting, *self.peers} - {PeerId(span.peer) for span in route}
+        left = {*self._parting, *self.peers} - {PeerId(span.peer) for span in route}
+        refused = left & self._refused
+        self._parting = left - refused
         self.route = route
         self.epoch += 1
         rerouted = Rerouted(lost, (gone.start, gone.end), self.route, declined=refusal is not None)
-        return [Emit(rerouted), *self._open()]
+        closes = [Send(peer, Close(self.session)) for peer in sorted(refused)]
+        return [*closes, Emit(rerouted), *self._open()]
 
     def _replan(self, lost: PeerId) -> list[RouteSpan]:
         survivors = [span for span in self.route if span.peer != lost]
