@@ -48,6 +48,8 @@ class Quantization:
     layers: Form
     head: Form
     embedding: Form | None = None
+    rounds: bool = False
+    """Activations are rounded coarsely too: a difference in a last digit may become one of a whole step."""
 
     @property
     def cacheable(self) -> bool:
@@ -88,7 +90,7 @@ def _for_cuda(asked: str) -> Quantization:
     forms: dict[str, Form] = {"int8": Form("llm-int8", LlmInt8), "nf4": Form("nf4", Nf4)}
     if asked not in forms:
         raise SettingsError(f"--quantize {asked} is for CPUs: on a GPU write int8 or nf4")
-    return Quantization(forms[asked].name, forms[asked], forms[asked])
+    return Quantization(forms[asked].name, forms[asked], forms[asked], rounds=asked == "int8")
 
 
 def _for_cpu(asked: str, kernels: Path) -> Quantization:
@@ -99,7 +101,7 @@ def _for_cpu(asked: str, kernels: Path) -> Quantization:
         return Quantization("fp16", form, form, ROWS)
     if asked == "int8":
         form = Form("int8", Int8.pack, _restore_int8)
-        return Quantization("int8", form, form, ROWS)
+        return Quantization("int8", form, form, ROWS, rounds=True)
     if asked == "nf4":
         log.warning("nf4 is several times slower on a CPU than full precision: int4 takes as little memory")
         form = Form("nf4", Nf4)
@@ -109,7 +111,7 @@ def _for_cpu(asked: str, kernels: Path) -> Quantization:
     except NoKernel as error:
         raise SettingsError(f"--quantize {asked} is not possible here: {error}; int8 needs none") from error
     # The head decides between tokens and is a small part of most models: it keeps 8 bits.
-    return Quantization(asked, eight if asked == "int8-fast" else four, eight, ROWS)
+    return Quantization(asked, eight if asked == "int8-fast" else four, eight, ROWS, rounds=True)
 
 
 def _restore_int8(tensors: Mapping[str, torch.Tensor], _: int, inputs: int) -> Weights:
