@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from peer.model.unread import Matrix, pieces
 from peer.model.weights import Weights
 
 MOST_ROWS = 32
@@ -32,18 +33,16 @@ class Int8(Weights):
         self._values, self._scales = values, scales
 
     @classmethod
-    def pack(cls, weight: torch.Tensor) -> Int8:
+    def pack(cls, matrix: Matrix) -> Int8:
         """Round to 127 steps on either side of zero: errors up to 1/250 of an output's largest weight."""
-        outputs, inputs = weight.shape
-        # The scale is rounded first, so that the numbers fit the scale that is kept.
-        least, most = weight.aminmax(dim=1)
-        scales = (torch.maximum(-least, most).float() / 127).clamp(min=1e-30).bfloat16()
+        outputs, inputs = matrix.shape
         values = torch.zeros(outputs, -(-inputs // WIDTH) * WIDTH, dtype=torch.int8)
-        # In pieces: what is divided and rounded takes four times the memory of what becomes of it.
-        for start in range(0, outputs, 256):
-            piece = slice(start, start + 256)
-            rounded = (weight[piece] / scales[piece, None].float()).round_().clamp_(-127, 127)
-            values[piece, :inputs] = rounded
+        scales = torch.empty(outputs, dtype=torch.bfloat16)
+        for rows, piece in pieces(matrix):
+            # The scale is rounded first, so that the numbers fit the scale that is kept.
+            least, most = piece.aminmax(dim=1)
+            scales[rows] = (torch.maximum(-least, most) / 127).clamp(min=1e-30)
+            values[rows, :inputs] = (piece / scales[rows, None].float()).round_().clamp_(-127, 127)
         return cls(values, scales, inputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from peer.model.block_quant import BlockQuantized
 from peer.model.errors import NoKernel
 from peer.model.int8 import Int8
 from peer.model.packed_fp16 import PackedFp16
+from peer.model.unread import Matrix, Unread
 from peer.model.weights import Rows, Weights
 from shared.errors import SettingsError
 
@@ -33,7 +34,7 @@ class Form:
     """
 
     name: str
-    pack: Callable[[torch.Tensor], Weights]
+    pack: Callable[[Matrix], Weights]
     restore: Callable[[Mapping[str, torch.Tensor], int, int], Weights] | None = None
 
 
@@ -129,5 +130,9 @@ def _block_form(kernels: Path, bits: int) -> Form:
 
 def pack_matrices(form: Form, tensor: torch.Tensor, *, flipped: bool) -> Sequence[Weights]:
     """A matrix, or one for each expert, of a tensor [(experts,) outputs, inputs]; flipped: inputs before."""
-    matrices = tensor if tensor.dim() == 3 else tensor[None]
-    return [form.pack(matrix.T if flipped else matrix) for matrix in matrices]
+    matrices: Iterable[Matrix]
+    if isinstance(tensor, Unread):
+        matrices = tensor.matrices
+    else:
+        matrices = tensor if tensor.dim() == 3 else tensor[None]
+    return [form.pack(matrix[:].T if flipped else matrix) for matrix in matrices]

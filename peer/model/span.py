@@ -40,10 +40,11 @@ from peer.model.checkpoint import Checkpoint
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.joint import Joining, JointCache, may_join
 from peer.model.kv_cache import Buffer, Int8Buffer, KVCache
-from peer.model.packing import Packer
+from peer.model.packing import Joiner, Packer
 from peer.model.quantization import Quantization
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.source import Progress
+from peer.model.unread import Unread
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,9 @@ class Span:
         A single position is computed in the same way alone and in company: with packed weights it gets the
         same bits.
         """
-        if self._joining is not None and (len(rows) > 1 or (rows[0].count == 1 and not self._joining.gathers)):
+        if self._joining is not None and (
+            len(rows) > 1 or (rows[0].count == 1 and not self._joining.gathers)
+        ):
             return self._together(rows, self._joining)
         return [self._one_row(row) for row in rows]
 
@@ -337,9 +340,14 @@ class Span:
             self._drop_tied_embedding(packer)
         names = family.names_to_read(model, checkpoint.tensor_names, packer.skipped if packer else set())
         checkpoint.fetch(names, progress)
+        taker = packer or Joiner(model, self.device)
+        # What GPUs pack is on them as a whole before.
+        piecewise = {name for name, parameter in names.items() if taker.wants(parameter)}
+        if packer and self.device.type != "cpu":
+            piecewise = set()
         # Mapped files count as memory once they are read: only tensors that are used as they lie stay so.
-        in_place = None if packer else self.dtype
-        family.fill(model, read_later(checkpoint, names, progress, in_place), self.dtype, self.device, packer)
+        tensors = read_later(checkpoint, list(names), progress, None if packer else self.dtype, piecewise)
+        family.fill(model, tensors, self.dtype, self.device, taker if packer or piecewise else None)
         if packer:
             self._drop_tied_embedding(packer)
 
@@ -516,8 +524,9 @@ def read_later(
     names: list[str],
     progress: Progress | None,
     in_place: torch.dtype | None,
+    piecewise: set[str],
 ) -> dict[str, Later]:
-    """The named tensors, each read on first use; `progress` hears of every one.
+    """The named tensors, each read on first use, or `piecewise` where that is asked; `progress` hears of all.
 
     Those stored in the dtype `in_place` stay in their files, mapped into memory; others are copied.
     """
@@ -525,11 +534,22 @@ def read_later(
     before = checkpoint.bytes_read
     telling = threading.Lock()
 
-    def read(name: str) -> torch.Tensor:
-        tensor = checkpoint.read(name, in_place=in_place)
+    def tell() -> None:
         if progress is not None:
             with telling:
-                progress(checkpoint.bytes_read - before, total)
+                # A head that shares the embedding's numbers reads them a second time.
+                progress(min(total, checkpoint.bytes_read - before), total)
+
+    def read_rows(name: str, start: int, end: int) -> torch.Tensor:
+        rows = checkpoint.read_rows(name, start, end)
+        tell()
+        return rows
+
+    def read(name: str) -> torch.Tensor:
+        if name in piecewise and len(checkpoint.tensor(name).shape) in (2, 3):
+            return Unread.stored(checkpoint, name, partial(read_rows, name))
+        tensor = checkpoint.read(name, in_place=in_place)
+        tell()
         return tensor
 
     return {name: Later(partial(read, name)) for name in names}
