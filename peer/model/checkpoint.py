@@ -126,7 +126,7 @@ class Checkpoint:
         return tensor
 
     def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows [start, end) of a tensor as it is stored; of one with three axes, those of all its matrices."""
+        """Rows [start, end) of a tensor as it is stored, counted through all its matrices."""
         stored = self.tensor(name)
         columns = stored.shape[-1]
         row_bytes = columns * self.dtype_of(name).itemsize

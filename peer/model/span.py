@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 ROUNDED = 0.1
 """How far one session's numbers may lie from the same made in another order, where activations are rounded: a
-last digit can change a rounding, and that the choice of an expert. Looking at another session changes more."""
+last digit can change a rounding, and that an expert's choice. Looking at another session changes more."""
 
 
 @dataclass

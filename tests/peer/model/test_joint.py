@@ -183,8 +183,8 @@ def test_with_packed_weights_a_token_costs_the_same_bits_alone_and_among_twenty(
     for back in (3, 2, 1):
         inputs = [text[:, text.shape[1] - back].unsqueeze(1) for text in texts]
         together = span.forward_rows([row(span, *pair) for pair in zip(inputs, company, strict=True)])
-        for one, cache, mine in zip(inputs, alone, together, strict=True):
-            (expected,) = span.forward_rows([row(span, one, cache)])
+        for token, cache, mine in zip(inputs, alone, together, strict=True):
+            (expected,) = span.forward_rows([row(span, token, cache)])
             assert expected is not None and mine is not None and torch.equal(mine, expected)
 
 
