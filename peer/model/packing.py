@@ -85,7 +85,7 @@ class Packer:
             family.put(self._model, self._head, self.pack(self._head, tensor))
         form = self._quantization.embedding
         if form is None:
-            return tensor
+            return tensor.dense() if isinstance(tensor, Unread) else tensor
         return PackedWeight.of(pack_matrices(form, tensor, flipped=False), tensor.shape, tensor)
 
     def restore(self) -> None:
