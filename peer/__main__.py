@@ -55,11 +55,21 @@ def peer(
         typer.Option(
             envvar="COROLLA_LAYERS",
             metavar="RANGE",
-            help="0:8 serves layers 0 to 7, 2/3 the second third, all the whole model.",
+            help="0:8 serves layers 0 to 7, 2/3 the second third, all the whole model. auto takes those that"
+            " help the swarm most, and others when that changes.",
         ),
-    ] = "all",
+    ] = "auto",
     name: Annotated[
         str, typer.Option(envvar="COROLLA_NAME", help="What others see.", show_default="the host name")
+    ] = "",
+    memory: Annotated[
+        str,
+        typer.Option(
+            envvar="COROLLA_MEMORY",
+            metavar="SIZE",
+            help="Memory for layers that the peer chooses itself, and for chats.",
+            show_default="three quarters of what is free",
+        ),
     ] = "",
     kv_memory: Annotated[
         str,
@@ -67,7 +77,7 @@ def peer(
             envvar="COROLLA_KV_MEMORY",
             metavar="SIZE",
             help="Memory for the caches of sessions, such as 2GB.",
-            show_default="a quarter of what is free",
+            show_default="a third of --memory",
         ),
     ] = "",
     max_sessions: Annotated[
@@ -140,6 +150,7 @@ def peer(
         model=model,
         layers=layers,
         name=name[:64],
+        memory_bytes=parse_bytes(memory) if memory else None,
         kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
         max_sessions=max_sessions,
         threads=threads,
@@ -166,7 +177,7 @@ async def _run(settings: PeerSettings, key: Identity) -> None:
         bar.update(task, completed=done_bytes, total=total_bytes)
 
     with leaving.on_signals(), bar, contextlib.suppress(asyncio.CancelledError):
-        async with Peer(settings, key, progress=progress) as peer:
+        async with Peer(settings, key, progress=progress, notice=console.print) as peer:
             bar.stop()
             _tell(console, peer)
             await leaving.asked()

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from peer.lifecycle import device_and_dtype
-from peer.settings import PeerSettings, default_kv_bytes
+from peer.settings import PeerSettings, free_memory
 from shared import event_loop
 from shared.announcement import read_announcement
 from shared.channel import Channel, Dialer, Listen
@@ -174,7 +174,7 @@ def _device(settings: PeerSettings) -> Finding:
 
 
 def _memory(settings: PeerSettings) -> Finding:
-    free = 4 * default_kv_bytes()
+    free = free_memory()
     if settings.device.startswith("cuda") or (settings.device == "auto" and torch.cuda.is_available()):
         free = torch.cuda.mem_get_info()[0]
     says = f"{free / 1e9:.1f} GB are free for layers and for the caches of chats"

@@ -1,33 +1,38 @@
-"""A peer's life: open the model, join, load, serve, drain, leave."""
+"""A peer's life: open the model, take a place, load, serve, move to another place, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
+import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import torch
 
+from peer.benchmark import LayerSizes, Speed, SpeedBook, layer_sizes, measure_speed
 from peer.model.artefact import artefact_id
 from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
 from peer.model.quantization import Quantization, choose
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span as LoadedSpan
 from peer.model.threads import measure_threads
+from peer.neighbours import look_around
+from peer.placement import Choice, Placed, choose_move, choose_span, usual_speed, yields
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
-from peer.settings import PeerSettings, default_kv_bytes, default_threads
+from peer.settings import Budget, PeerSettings, default_threads, free_memory, memory_budget
 from shared.announcement import LEASE_S, RENEW_EVERY_S, sign_announcement
 from shared.background import Background
 from shared.channel import Channel, Dialer
-from shared.errors import ProtocolError, SettingsError
+from shared.errors import CorollaError, ProtocolError, SettingsError
 from shared.identity import Identity
 from shared.protocol import Announcement, Path, PeerMessage, PeerState
 from shared.relays import Relays
@@ -39,6 +44,10 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 20.0
 """How long a peer that leaves lets its sessions finish; after that their askers re-route."""
+PROPAGATION_S = 1.0
+"""After that time others have heard an announcement: two that chose at once see each other."""
+RECONSIDER_S = 120.0
+"""How often a peer looks whether other layers would help more: half to one and a half times this."""
 UNKNOWN_CONTEXT = 8192
 """Positions offered when the model's config sets no bound (ALiBi models)."""
 
@@ -46,8 +55,8 @@ UNKNOWN_CONTEXT = 8192
 class Peer:
     """One peer in a swarm. Entering opens the model, joins the relay, loads the layers and announces them.
 
-    `progress(done_bytes, total_bytes)` hears of the loading. Raises ModelNotFound, UnsupportedModel,
-    SettingsError or RelayUnreachable, each with one sentence.
+    `progress(done_bytes, total_bytes)` hears of the loading, `notice` of every place taken, in words.
+    Raises ModelNotFound, UnsupportedModel, SettingsError or RelayUnreachable, each with one sentence.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class Peer:
         identity: Identity,
         *,
         progress: Callable[[int, int], None] | None = None,
+        notice: Callable[[str], None] = log.info,
     ) -> None:
         self.settings = settings
         self.identity = identity
@@ -70,14 +80,20 @@ class Peer:
         )
         self.device, self.dtype = device_and_dtype(settings)
         self.quantization: Quantization | None = None
-        self.kv_budget = KvBudget(settings.kv_bytes if settings.kv_bytes is not None else default_kv_bytes())
+        self.memory: Budget = memory_budget(settings, _free_bytes(self.device))
+        self.kv_budget = KvBudget(self.memory.kv_bytes)
         self.name = settings.name or socket.gethostname()[:64]
         self.model = ""
         self.artefact = ""
         self.layers = Span(0, 0)
         self.layer_count = 0
         self.service: Service | None = None
+        self.speed: Speed | None = None
         self._progress = progress
+        self._notice = notice
+        self._options: list[Span] = []
+        """Spans that this machine could hold; none when its owner chose one."""
+        self._serving = AsyncExitStack()
         self._unwanted = False
         self._offer: Offer | None = None
         self._state: PeerState = "joining"
@@ -92,12 +108,14 @@ class Peer:
             await asyncio.to_thread(self._describe, checkpoint)
             await stack.enter_async_context(self.relays)
             await stack.enter_async_context(self.dialer)
-            # Announced before it loads, so that two newcomers do not take the same gap.
             tasks = await stack.enter_async_context(Background())
+            # Announced before it loads, so that two newcomers do not take the same gap.
+            await self._take_place(checkpoint)
             tasks.start(self._keep_announced())
-            span = await self._loaded(checkpoint)
-            await stack.enter_async_context(self._serve(span))
-            await self.announce("serving")
+            await self._serve(await self._loaded(checkpoint))
+            stack.push_async_callback(self._stop_serving)
+            if self._options and len(self.layers) < self.layer_count:
+                tasks.start(self._keep_useful(checkpoint))
             self._stack = stack.pop_all()
         return self
 
@@ -135,7 +153,8 @@ class Peer:
     def _describe(self, checkpoint: Checkpoint) -> None:
         self.model = checkpoint.name
         self.layer_count = checkpoint.layer_count
-        self.layers = parse_layers(self.settings.layers, checkpoint.layer_count)
+        if self.settings.layers != "auto":
+            self.layers = parse_layers(self.settings.layers, checkpoint.layer_count)
         self.artefact = artefact_id(
             checkpoint, self.dtype_name, self.quantization.name if self.quantization else None
         )
@@ -147,20 +166,127 @@ class Peer:
             max_sessions=self.settings.max_sessions,
         )
 
+    # ------------------------------------------------------------ choosing layers
+
+    async def _take_place(self, checkpoint: Checkpoint) -> None:
+        """Announce the layers that this peer is about to load: those it was told, or those that help most."""
+        if self.settings.layers == "auto":
+            self._options = await asyncio.to_thread(self._find_options, checkpoint)
+            self.layers = self._options[0]
+        if not self._options or len(self.layers) == self.layer_count:
+            await self.announce("joining")
+            return
+        self.speed = await asyncio.to_thread(self._speed_beforehand, checkpoint)
+        choice = self._choose(await self._others())
+        await self.announce("joining")
+        await asyncio.sleep(PROPAGATION_S)
+        others = await self._others()
+        if yields(self.identity.id, self.layers, others):
+            choice = self._choose(others)
+            await self.announce("joining")
+        self._notice(f"taking layers {choice.span}: {choice.why}")
+
+    def _choose(self, others: Sequence[Placed]) -> Choice:
+        choice = choose_span(others, self._options, self._assumed_speed(others), self.layer_count)
+        self.layers = choice.span
+        return choice
+
+    def _assumed_speed(self, others: Sequence[Placed]) -> float:
+        return self.speed.throughput if self.speed else usual_speed([other.speed for other in others])
+
+    def _find_options(self, checkpoint: Checkpoint) -> list[Span]:
+        sizes: LayerSizes = layer_sizes(checkpoint, self.dtype, self.quantization, self.device)
+        options = sizes.spans_within(self.memory.layers_bytes)
+        if not options:
+            raise SettingsError(
+                f"no layer of {checkpoint.name} fits: each takes {max(sizes.layers) / 1e9:.2f} GB, and"
+                f" {self.memory.layers_bytes / 1e9:.2f} GB are there for layers; give more with --memory"
+            )
+        return options
+
+    def _speed_beforehand(self, checkpoint: Checkpoint) -> Speed | None:
+        """As measured at an earlier start, or with one layer now if that needs no download."""
+        known = self._speed_book().find(self.artefact, self.device, self.settings.threads)
+        if known is not None or not checkpoint.is_here:
+            return known
+        middle = self.layer_count // 2
+        return self._measured(self._load(checkpoint, Span(middle, middle + 1)))
+
+    def _measured(self, span: LoadedSpan) -> Speed:
+        speed = measure_speed(span, self.settings.max_sessions)
+        if self._options:
+            self._speed_book().keep(self.artefact, self.device, self.settings.threads, speed)
+        return speed
+
+    def _speed_book(self) -> SpeedBook:
+        return SpeedBook(data_directory() / "speeds")
+
+    async def _others(self) -> list[Placed]:
+        """Every other peer of this artefact, as the relays show them now."""
+        found = await look_around(self.relays, self.model, self.artefact)
+        return [other for other in found if other.peer != self.identity.id]
+
+    # ------------------------------------------------------------ moving
+
+    async def _keep_useful(self, checkpoint: Checkpoint) -> None:
+        while True:
+            await asyncio.sleep(random.uniform(0.5, 1.5) * RECONSIDER_S)
+            await self.reconsider(checkpoint)
+
+    async def reconsider(self, checkpoint: Checkpoint) -> bool:
+        """Move to other layers if that helps the swarm enough, after running answers; True when it did."""
+        if self._state != "serving" or self._better_place(await self._others()) is None:
+            return False
+        # Told before it is done, then looked at again: nobody else near by goes away at the same time.
+        await self.announce("draining")
+        await asyncio.sleep(PROPAGATION_S)
+        choice = self._better_place(await self._others())
+        if choice is None:
+            await self.announce("serving")
+            return False
+        self._notice(f"moving to layers {choice.span}: {choice.why}")
+        await self.drain()
+        await self._move(checkpoint, choice.span)
+        return True
+
+    def _better_place(self, others: Sequence[Placed]) -> Choice | None:
+        state: Literal["draining", "serving"] = "draining" if self._state == "draining" else "serving"
+        me = Placed(self.identity.id, self.layers, self._assumed_speed(others), state)
+        return choose_move(me, others, self._options, self.layer_count)
+
+    async def _move(self, checkpoint: Checkpoint, span: Span) -> None:
+        before = self.layers
+        # The old layers go first: there is seldom memory for both.
+        await self._stop_serving()
+        await asyncio.to_thread(gc.collect)
+        self.layers = span
+        await self.announce("joining")
+        try:
+            loaded = await asyncio.to_thread(self._load, checkpoint, span)
+        except CorollaError as error:
+            log.warning(
+                "layers %s could not be loaded, so layers %s are served again: %s", span, before, error
+            )
+            self.layers = before
+            loaded = await self._loaded(checkpoint)
+        await self._serve(loaded)
+
+    # ------------------------------------------------------------ loading
+
     async def _loaded(self, checkpoint: Checkpoint) -> LoadedSpan:
         try:
-            return await asyncio.to_thread(self._load, checkpoint)
+            return await asyncio.to_thread(self._load, checkpoint, self.layers)
         except BaseException:
             self._unwanted = True
             # Else the others would hope for these layers until the announcement runs out.
             await self.announce("left")
             raise
 
-    def _load(self, checkpoint: Checkpoint) -> LoadedSpan:
+    def _load(self, checkpoint: Checkpoint, layers: Span) -> LoadedSpan:
         span = LoadedSpan.load(
             checkpoint,
-            self.layers.start,
-            self.layers.end,
+            layers.start,
+            layers.end,
             dtype=self.dtype,
             device=self.device,
             quantization=self.quantization,
@@ -179,10 +305,18 @@ class Peer:
         if self._progress is not None:
             self._progress(done_bytes, total_bytes)
 
-    def _serve(self, span: LoadedSpan) -> Service:
+    async def _serve(self, span: LoadedSpan) -> None:
+        """Take sessions for a span that is loaded, and announce it."""
         assert self._offer is not None
-        self.service = Service(self.identity.id, span, self._offer, self.kv_budget, self.dialer.channel)
-        return self.service
+        if self.speed is None:
+            self.speed = await asyncio.to_thread(self._measured, span)
+        service = Service(self.identity.id, span, self._offer, self.kv_budget, self.dialer.channel)
+        self.service = await self._serving.enter_async_context(service)
+        await self.announce("serving")
+
+    async def _stop_serving(self) -> None:
+        await self._serving.aclose()
+        self.service = None
 
     # ------------------------------------------------------------ announcing
 
@@ -213,11 +347,19 @@ class Peer:
             device=self.device.type,
             context_length=self._offer.context_length,
             kv_tokens_free=self.service.kv_tokens_free if self.service else 0,
-            ms_per_layer=self.service.ms_per_layer if self.service else None,
+            ms_per_layer=self._ms_per_layer(),
+            throughput=self.speed.throughput if self.speed else None,
+            movable=bool(self._options) and len(self.layers) < self.layer_count,
             sessions=self.service.session_count if self.service else 0,
             wait_ms=self.service.wait_ms if self.service else 0.0,
             relays=self.relays.connected_urls,
         )
+
+    def _ms_per_layer(self) -> float | None:
+        """As sessions found it; until there were any, as measured at the start."""
+        if self.service is not None and self.service.ms_per_layer is not None:
+            return self.service.ms_per_layer
+        return self.speed.ms_per_layer if self.speed else None
 
     async def _keep_announced(self) -> None:
         while True:
@@ -236,6 +378,11 @@ class Peer:
     def _channel_closed(self, channel: Channel) -> None:
         if self.service is not None:
             self.service.channel_closed(channel)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory where weights and caches will lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype]:

@@ -23,10 +23,13 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     relays: tuple[str, ...]
     model: str = DEMO_MODEL
-    layers: str = "all"
+    layers: str = "auto"
+    """Which layers to hold: what `parse_layers` reads, or `auto` for those that help the swarm most."""
     name: str = ""
+    memory_bytes: int | None = None
+    """For layers chosen by ourselves and for chats together; None takes a share of what is free."""
     kv_bytes: int | None = None
-    """Memory for KV caches and input logs; None takes a share of what is free."""
+    """Memory for KV caches and input logs; None takes a share of the memory above."""
     max_sessions: int = 256
     threads: int | None = None
     """Threads to compute with; None measures how many are best."""
@@ -40,13 +43,29 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the other ends of channels may call, unless `direct` is off; None nowhere."""
 
 
-def default_kv_bytes() -> int:
-    """A quarter of the memory that is free now, so that the machine stays its owner's."""
+class Budget(msgspec.Struct, frozen=True):
+    """How memory is shared out."""
+
+    layers_bytes: int
+    """For the weights of layers that the peer chooses itself."""
+    kv_bytes: int
+
+
+def memory_budget(settings: PeerSettings, free_bytes: int | None = None) -> Budget:
+    """Half of what is free for layers, a quarter for chats: the rest stays the machine's owner's."""
+    if free_bytes is None:
+        free_bytes = free_memory()
+    total = settings.memory_bytes if settings.memory_bytes is not None else free_bytes * 3 // 4
+    kv_bytes = settings.kv_bytes if settings.kv_bytes is not None else total // 3
+    return Budget(max(0, total - kv_bytes), kv_bytes)
+
+
+def free_memory() -> int:
+    """What is free on this machine now."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        free = 8 * 10**9  # a system that does not tell
-    return free // 4
+        return 8 * 10**9  # a system that does not tell
 
 
 def default_threads() -> int:

@@ -93,6 +93,10 @@ class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     """Positions that still fit in the peer's KV budget, for its whole span."""
     ms_per_layer: Milliseconds | None = None
     """One decode step through one layer, measured by the peer itself; None while unknown."""
+    throughput: Annotated[float, Meta(ge=0, le=1e12)] | None = None
+    """Positions through one layer in a second, with as many sessions as pay; None while unmeasured."""
+    movable: bool = False
+    """It chose its layers itself, and takes others when that helps the swarm."""
     sessions: Count = 0
     """Sessions that it serves."""
     wait_ms: Milliseconds = 0.0

@@ -47,6 +47,7 @@ def test_help_tells_every_flag() -> None:
         "--model",
         "--layers",
         "--name",
+        "--memory",
         "--kv-memory",
         "--max-sessions",
         "--threads",
@@ -82,6 +83,7 @@ FLAGS = {
     "--model": "someone/model",
     "--layers": "2/3",
     "--name": "ann",
+    "--memory": "9GB",
     "--kv-memory": "2GB",
     "--max-sessions": "7",
     "--threads": "3",
@@ -95,6 +97,7 @@ READ = PeerSettings(
     model="someone/model",
     layers="2/3",
     name="ann",
+    memory_bytes=9_000_000_000,
     kv_bytes=2_000_000_000,
     max_sessions=7,
     threads=3,
@@ -125,7 +128,13 @@ def test_environment_variables_are_read(told: list[tuple[PeerSettings, Identity]
 
 @pytest.mark.parametrize("flag", list(FLAGS))
 def test_a_flag_wins_over_its_variable(flag: str, told: list[tuple[PeerSettings, Identity]]) -> None:
-    others = {"--kv-memory": "1KB", "--max-sessions": "9", "--threads": "9", "--dtype": "float16"}
+    others = {
+        "--memory": "3KB",
+        "--kv-memory": "1KB",
+        "--max-sessions": "9",
+        "--threads": "9",
+        "--dtype": "float16",
+    }
     others["--kv-dtype"] = "auto"
     both = invoke(flag, FLAGS[flag], **{variable(flag): others.get(flag, "other")})
     alone = invoke(flag, FLAGS[flag])

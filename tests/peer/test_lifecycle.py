@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from peer.benchmark import Speed, SpeedBook, layer_sizes
 from peer.lifecycle import Peer
+from peer.model.checkpoint import open_checkpoint
 from peer.model.errors import ModelNotFound
 from peer.model.span import Span as LoadedSpan
 from peer.settings import PeerSettings
 from shared.channel import Dialer
-from shared.errors import ConnectionLost, RelayUnreachable, SettingsError
+from shared.errors import Busy, ConnectionLost, NoRoute, RelayUnreachable, SettingsError
 from shared.identity import Identity
 from shared.protocol import Announcement, Close
 from shared.relay_client import RelayClient
+from shared.spans import Span
 from tests.harness.models import LAYERS, VOCABULARY, save_random
 from tests.harness.swarm import Swarm, tokens
 
@@ -311,3 +317,106 @@ async def test_a_swarm_answers_with_rounded_weights(llama: Path) -> None:
         answer = tokens([event async for event in swarm.ask(PROMPT, new=8)])
 
     assert len(answer) == 8
+
+
+# ---------------------------------------------------------------- choosing layers
+
+
+def memory_for(layers: int) -> int:
+    """As much as so many layers and one end of the model take, with the KV memory of `settings`."""
+    return (1 << 30) + layers * LAYER_BYTES + EMBEDDING_BYTES
+
+
+async def test_newcomers_take_what_nobody_holds_then_what_one_holds_and_say_why(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COROLLA_HOME", str(tmp_path))
+    monkeypatch.setattr("peer.lifecycle.PROPAGATION_S", 0.1)
+    words: list[str] = []
+    choosing = settings(swarm, memory_bytes=memory_for(3))
+    async with AsyncExitStack() as stack:
+        for _ in range(4):
+            peer = Peer(choosing, Identity.generate(), notice=words.append)
+            await stack.enter_async_context(peer)
+            swarm.peers[str(len(words))] = peer
+            await in_state(swarm, peer.identity, "serving")
+        events = [event async for event in swarm.ask(PROMPT, new=5)]
+        spans = sorted((peer.layers.start, peer.layers.end) for peer in swarm.peers.values())
+        told = [swarm.client.directory.get(peer.identity.id) for peer in swarm.peers.values()]
+        swarm.peers.clear()
+
+    assert spans == [(0, 3), (0, 3), (3, 6), (3, 6)]
+    assert words == [
+        "taking layers 0–3: layers 0–3 had no peer",
+        "taking layers 3–6: layers 3–6 had no peer",
+        "taking layers 0–3: layers 0–3 had one peer",
+        "taking layers 3–6: layers 3–6 had one peer",
+    ]
+    assert tokens(events) == swarm.reference(PROMPT, new=5)
+    assert all(one is not None and one.movable and (one.throughput or 0) > 0 for one in told)
+
+
+async def test_two_newcomers_at_the_same_moment_take_different_layers(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COROLLA_HOME", str(tmp_path))
+    choosing = settings(swarm, memory_bytes=memory_for(3))
+    peers = [Peer(choosing, Identity.generate()) for _ in range(2)]
+    async with AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(peer) for peer in peers))
+        assert sorted(peer.layers for peer in peers) == [Span(0, 3), Span(3, 6)]
+
+
+async def test_a_peer_moves_to_layers_that_lost_theirs_after_its_answers_and_serves_them(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COROLLA_HOME", str(tmp_path))
+    monkeypatch.setattr("peer.lifecycle.PROPAGATION_S", 0.1)
+    monkeypatch.setattr("peer.lifecycle.RECONSIDER_S", 0.3)
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    mover = Peer(settings(swarm, memory_bytes=memory_for(3)), Identity.generate())
+    async with mover:
+        assert mover.layers == Span(0, 3)
+        answer = swarm.ask(PROMPT, new=60)
+        events = [await anext(answer)]
+        await swarm.stop("bob")
+
+        # Layers 3 to 5 have nobody left, so the answer waits for the mover, or ends for want of them.
+        with contextlib.suppress(NoRoute, Busy):
+            events += [event async for event in answer]
+        await swarm.until(lambda: is_serving(swarm, mover.identity, Span(3, 6)))
+        again = [event async for event in swarm.ask(PROMPT, new=5)]
+
+    assert tokens(again) == swarm.reference(PROMPT, new=5)
+    assert mover.kv_budget.reserved_bytes == 0
+
+
+def is_serving(swarm: Swarm, identity: Identity, span: Span) -> bool:
+    found = announced(swarm, identity)
+    return found is not None and (found.state, found.start, found.end) == ("serving", span.start, span.end)
+
+
+async def test_a_peer_for_which_no_layer_fits_is_told_what_would(swarm: Swarm) -> None:
+    identity = Identity.generate()
+    with pytest.raises(SettingsError, match=r"no layer of .* fits: .* give more with --memory"):
+        async with Peer(settings(swarm, memory_bytes=1 << 30), identity):
+            pass
+    assert announced(swarm, identity) is None
+
+
+def test_what_layers_take_is_known_before_they_are_loaded(llama: Path) -> None:
+    checkpoint = open_checkpoint(str(llama))
+    sizes = layer_sizes(checkpoint, torch.float32, None, torch.device("cpu"))
+    assert sizes.layers == (LAYER_BYTES,) * LAYERS
+    assert sizes.first == EMBEDDING_BYTES
+
+
+async def test_a_measured_speed_is_kept_for_the_next_start(tmp_path: Path) -> None:
+    book, cpu = SpeedBook(tmp_path), torch.device("cpu")
+    assert book.find("a" * 64, cpu, 2) is None
+    kept = Speed(1234.5, 0.8, time.time())
+    book.keep("a" * 64, cpu, 2, kept)
+    assert book.find("a" * 64, cpu, 2) == kept
+    assert book.find("b" * 64, cpu, 2) is book.find("a" * 64, cpu, 1) is None
+    book.keep("a" * 64, cpu, 2, Speed(1.0, 1.0, time.time() - 30 * 24 * 3600))
+    assert book.find("a" * 64, cpu, 2) is None

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peer.settings import DEMO_MODEL, PeerSettings, default_kv_bytes, default_threads
+from peer.settings import DEMO_MODEL, PeerSettings, default_threads, memory_budget
 from shared.errors import SettingsError
 from shared.settings import parse_bytes
 
@@ -68,18 +68,22 @@ def test_any_text_is_a_size_or_refused_in_one_sentence(text: str) -> None:
         assert str(error) and "\n" not in str(error)
 
 
-def test_by_default_the_demo_model_is_served_whole() -> None:
-    settings = PeerSettings(relays=("http://127.0.0.1:1",))
-    assert (settings.model, settings.layers, settings.kv_bytes) == (DEMO_MODEL, "all", None)
+RELAYS = ("http://127.0.0.1:1",)
 
 
-def test_by_default_the_owner_keeps_a_core_and_three_quarters_of_the_free_memory(
+def test_by_default_a_peer_serves_what_helps_most_of_the_demo_model() -> None:
+    settings = PeerSettings(relays=RELAYS)
+    assert (settings.model, settings.layers, settings.kv_bytes) == (DEMO_MODEL, "auto", None)
+
+
+def test_by_default_the_owner_keeps_a_core_and_a_quarter_of_the_free_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes = {"SC_AVPHYS_PAGES": 4_000_000, "SC_PAGE_SIZE": 4096}
     monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert default_kv_bytes() == 4_096_000_000
+    budget = memory_budget(PeerSettings(relays=RELAYS))
+    assert (budget.layers_bytes, budget.kv_bytes) == (8_192_000_000, 4_096_000_000)
     assert default_threads() == 7
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -91,4 +95,12 @@ def test_a_system_that_does_not_tell_its_free_memory_gets_a_default(monkeypatch:
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(os, "sysconf", unknown)
-    assert default_kv_bytes() == 2_000_000_000
+    assert memory_budget(PeerSettings(relays=RELAYS)).kv_bytes == 2_000_000_000
+
+
+def test_memory_that_is_told_is_shared_between_layers_and_chats() -> None:
+    told = memory_budget(PeerSettings(relays=RELAYS, memory_bytes=9_000))
+    assert (told.layers_bytes, told.kv_bytes) == (6_000, 3_000)
+    both = memory_budget(PeerSettings(relays=RELAYS, memory_bytes=9_000, kv_bytes=8_000))
+    assert (both.layers_bytes, both.kv_bytes) == (1_000, 8_000)
+    assert memory_budget(PeerSettings(relays=RELAYS, memory_bytes=1, kv_bytes=8)).layers_bytes == 0
