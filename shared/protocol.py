@@ -115,6 +115,8 @@ class Greeting(Struct, frozen=True, kw_only=True):
     issued_at: Seconds
     answers: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
     """In an answer, the SHA-256 of the offer's body."""
+    seen: Name = ""
+    """Where a relay sees the sender: only neighbours tell each other their addresses at home."""
 
 
 # ---------------------------------------------------------------- relay wire

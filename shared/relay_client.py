@@ -53,6 +53,8 @@ CLOSE_TIMEOUT_S = 1.0
 HEARTBEAT_S = 15.0
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 30.0
+# A relay that turned us out would do so again, most often because another process uses our key.
+TURNED_OUT_RETRY_S = 600.0
 # A connection that lasted this long was a good one: the next retry is quick again.
 STEADY_S = 10.0
 # When this much waits, senders wait too. Kept short, since an urgent frame cannot overtake what is in here.
@@ -128,6 +130,7 @@ class RelayClient:
 
         self._ws_url = relay_url(url)
         self._patient = patient
+        self._turned_out = False
         self._link: _Link | None = None
         self._last_announcement: SignedRecord | None = None
         self._will_announce = False
@@ -242,7 +245,8 @@ class RelayClient:
             retry_after_s = 0.0
             try:
                 retry_after_s = await self._connect_once(first)
-                self.error = RelayUnreachable(f"the connection to the relay at {self.url} ended")
+                if not self._turned_out:
+                    self.error = RelayUnreachable(f"the connection to the relay at {self.url} ended")
             except (ConnectionLost, Refused, ProtocolError) as error:
                 if not first.done():
                     first.set_exception(error)
@@ -255,6 +259,9 @@ class RelayClient:
                 # A mistake of ours, told with its traceback; a new connection is still worth more than none.
                 log.exception("the connection to the relay at %s failed", self.url)
             self.attempted.set()
+            if self._turned_out:
+                self._turned_out = False
+                await asyncio.sleep(TURNED_OUT_RETRY_S)
             failures = 1 if time.monotonic() - started > STEADY_S else failures + 1
             await asyncio.sleep(retry_delay(failures, retry_after_s, random.random()))
 
@@ -368,6 +375,9 @@ class RelayClient:
                     message = _decode(received.data)
                     if isinstance(message, Restarting):
                         retry_after_s = message.retry_after_s
+                    if isinstance(message, Denied) and message.fatal:
+                        self._turn_out(message)
+                        break
                     self._told(message)
                 else:
                     break
@@ -375,6 +385,14 @@ class RelayClient:
             log.warning("the relay at %s sends rubbish, connecting anew: %s", self.url, error)
         log.info("the connection to the relay at %s ended", self.url)
         return retry_after_s
+
+    def _turn_out(self, denied: Denied) -> None:
+        self._turned_out = True
+        self.error = Refused(
+            f"the relay at {self.url} turned us out: {denied.reason}. Should another process use the same "
+            f"key, end one of the two; this one asks again in {TURNED_OUT_RETRY_S / 60:.0f} minutes"
+        )
+        log.error("%s", self.error)
 
     def _frame(self, data: bytes) -> None:
         if len(data) < ID_BYTES:

@@ -1,6 +1,7 @@
 """Which addresses we tell the other end of a channel, and which of those it tells we try.
 
-What a stranger tells must not make us knock at doors of its choice. So we try few addresses, never our own
+Addresses of a home lead nowhere from outside and say something of it, so only neighbours hear them. What a
+stranger tells must not make us knock at doors of its choice. So we try few addresses, never our own
 loopback, and a private one only when it lies in a network that we are in ourselves.
 """
 
@@ -26,6 +27,9 @@ FIRST_PORT = 1024
 # For tests: both ends on this machine and nothing leaves it.
 LOOPBACK_TOO = False
 
+# Addresses that every home has for itself (RFC 1918, RFC 4193).
+_HOME = [ipaddress.ip_network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")]
+_HIDDEN = ["0.0.0.0", "9"]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 # Networks inside this machine, of containers and virtual machines: nobody else is there.
 _INTERNAL = ("docker", "br-", "veth", "virbr", "vmnet", "vboxnet", "podman", "cni")
@@ -107,6 +111,53 @@ def own_addresses(interfaces: Iterable[Interface], port: int) -> list[Address]:
     """Under which addresses others may try the port, the likeliest first."""
     ips = sorted((interface.ip for interface in interfaces), key=lambda ip: (not ip.is_private, str(ip)))
     return [Address(str(ip), port) for ip in ips]
+
+
+def neighbours(own_seen: str, their_seen: str) -> bool:
+    """Whether two may be in one network, by where a relay sees each of them.
+
+    A relay that sees us by an address of a home is in our network, and so are those who meet us there.
+    """
+    own, theirs = _ip(own_seen), _ip(their_seen)
+    if own is None or own.is_loopback or _of_a_home(own):
+        return True
+    if isinstance(own, IPv6Address) and isinstance(theirs, IPv6Address):
+        return theirs in ipaddress.ip_network((own, 64), strict=False)
+    return own == theirs
+
+
+def public_interfaces(interfaces: Iterable[Interface]) -> frozenset[Interface]:
+    """Those that say nothing of a home."""
+    return frozenset(interface for interface in interfaces if not _of_a_home(interface.ip))
+
+
+def public_candidates(candidates: Iterable[str]) -> list[str]:
+    """ICE candidates (RFC 8839) with 0.0.0.0 for the addresses of a home, which nobody tries.
+
+    None is left out: a description without any says that its sender wants no direct link.
+    """
+    told = []
+    for candidate in candidates:
+        words = candidate.split()
+        ip = _ip(words[4])
+        if ip is None or _of_a_home(ip):
+            words[4:6] = _HIDDEN
+        if "raddr" in words:
+            at = words.index("raddr")
+            words[at + 1 : at + 4 : 2] = _HIDDEN
+        told.append(" ".join(words))
+    return told
+
+
+def _of_a_home(ip: IPAddress) -> bool:
+    return any(ip in network for network in _HOME)
+
+
+def _ip(text: str) -> IPAddress | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
 
 
 async def resolved(advertised: Iterable[tuple[str, int]]) -> list[Address]:

@@ -116,13 +116,17 @@ class PathReport(NamedTuple):
 
 
 class Openings(NamedTuple):
-    """By what direct links come about. On relay-only sides `make_direct` and `interfaces` are None."""
+    """By what direct links come about. On relay-only sides `make_direct` and `interfaces` are None.
+
+    `neighbours` says that the two may be in one network, and tell each other their addresses there.
+    """
 
     make_direct: MakeDirect | None
     direct_limit: asyncio.Semaphore
     port: ListeningPort | None
     interfaces: Callable[[], frozenset[Interface]] | None
     socket_limit: asyncio.Semaphore
+    neighbours: bool = True
 
 
 class Channel:
@@ -165,6 +169,7 @@ class Channel:
             make=make_direct and (lambda: make_direct(relayed.stun, self.received, self._pump)),
             limit=openings.direct_limit,
             whereabouts=relayed.whereabouts,
+            neighbours=openings.neighbours,
             dialled=dialled,
             send=lambda message: self._tell(relayed, message),
             use=self._use_direct,
@@ -175,6 +180,7 @@ class Channel:
             further=relayed.further,
             port=openings.port,
             interfaces=openings.interfaces,
+            neighbours=openings.neighbours,
             limit=openings.socket_limit,
             dialled=dialled,
             send=lambda message: self._tell(relayed, message),

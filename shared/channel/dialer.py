@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from shared.background import Background
-from shared.channel.addresses import Interface, Listen, local_interfaces
+from shared.channel.addresses import Interface, Listen, local_interfaces, neighbours
 from shared.channel.channel import Channel, Handler, MakeDirect, Openings
 from shared.channel.listening import ListeningPort
 from shared.channel.relayed import Meeting, Relay, RelayedLink
@@ -153,7 +153,11 @@ class Dialer:
 
     def _dial(self, peer: PeerId) -> _Dial:
         # One that the peer opened and has not proven yet will do.
-        offer = None if peer in self._unproven else make_offer(self.identity, peer, time.time())
+        offer = (
+            None
+            if peer in self._unproven
+            else make_offer(self.identity, peer, time.time(), self._whereabouts)
+        )
         dial = self._dials[peer] = _Dial(offer)
         dial.timer = asyncio.get_running_loop().call_later(
             DIAL_TIMEOUT_S, self._fail, peer, f"did not answer in {DIAL_TIMEOUT_S:.0f} s"
@@ -203,11 +207,11 @@ class Dialer:
         if len(self._by_tag) >= MAX_CHANNELS or len(self._unproven) >= MAX_UNPROVEN:
             log.warning("an offer of %s is not answered: too many channels", short(peer))
             return
-        own = make_answer(self.identity, offer, record, time.time())
+        own = make_answer(self.identity, offer, record, time.time(), self._whereabouts)
         keys = agree(own, record, own.record, offer.key)
         if peer in self._unproven:
             self._unproven[peer].end("it dialled again", bye=False)
-        channel = self._make(peer, meeting, keys, offer.channel, dialled=False)
+        channel = self._make(meeting, keys, offer, dialled=False)
         self._unproven[peer] = channel
         asyncio.get_running_loop().call_later(DIAL_TIMEOUT_S, self._expire, channel)
         self._tasks.start(self._signal(meeting, peer, own.record))
@@ -222,14 +226,14 @@ class Dialer:
         ):
             raise ProtocolError(f"{short(peer)} answers an offer that is not open")
         keys = agree(offer, offer.record, record, answer.key)
-        channel = self._make(peer, meeting, keys, answer.channel, dialled=True)
+        channel = self._make(meeting, keys, answer, dialled=True)
         self._establish(channel)
         channel.greet()
 
     # ------------------------------------------------------------ channels
 
-    def _make(self, peer: PeerId, meeting: Meeting, keys: Keys, name: str, *, dialled: bool) -> Channel:
-        tag = channel_tag(name)
+    def _make(self, meeting: Meeting, keys: Keys, theirs: Greeting, *, dialled: bool) -> Channel:
+        peer, tag = PeerId(theirs.sender), channel_tag(theirs.channel)
         if tag in self._by_tag:
             raise ProtocolError("a channel of that name is open")
         channel = self._by_tag[tag] = Channel(
@@ -237,20 +241,33 @@ class Dialer:
             RelayedLink(peer, self._meetings, meeting, keys),
             self._handler,
             dialled=dialled,
-            openings=self._openings(peer),
+            openings=self._openings(theirs),
             on_closed=lambda channel: self._closed(tag, channel),
         )
         return channel
 
-    def _openings(self, peer: PeerId) -> Openings:
+    @property
+    def _whereabouts(self) -> str:
+        """Where a relay sees us, for those who may become direct."""
+        seen = (meeting.relay.address for meeting in self._meetings if meeting.connected)
+        return next(seen, "") if self._certificate is not None else ""
+
+    def _openings(self, theirs: Greeting) -> Openings:
         certificate = self._certificate
         make_direct: MakeDirect | None = None
         interfaces: Callable[[], frozenset[Interface]] | None = None
         if certificate is not None:
-            controlling = self.identity.id < peer
+            controlling = self.identity.id < theirs.sender
             make_direct = partial(DirectLink, certificate, controlling)
             interfaces = self._own_interfaces
-        return Openings(make_direct, self._direct_limit, self.port, interfaces, self._socket_limit)
+        return Openings(
+            make_direct,
+            self._direct_limit,
+            self.port,
+            interfaces,
+            self._socket_limit,
+            neighbours(self._whereabouts, theirs.seen),
+        )
 
     def _own_interfaces(self) -> frozenset[Interface]:
         return self._interfaces

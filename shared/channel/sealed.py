@@ -50,14 +50,17 @@ class Ephemeral(NamedTuple):
     record: SignedRecord
 
 
-def make_offer(identity: Identity, receiver: PeerId, now: float) -> Ephemeral:
-    """The first half of a handshake, under a new channel name."""
-    return _greet(identity, "offer", receiver, secrets.token_hex(16), now, "")
+def make_offer(identity: Identity, receiver: PeerId, now: float, seen: str = "") -> Ephemeral:
+    """The first half of a handshake, under a new channel name; `seen` is where a relay sees us."""
+    return _greet(identity, "offer", receiver, secrets.token_hex(16), now, "", seen)
 
 
-def make_answer(identity: Identity, offer: Greeting, offer_record: SignedRecord, now: float) -> Ephemeral:
+def make_answer(
+    identity: Identity, offer: Greeting, offer_record: SignedRecord, now: float, seen: str = ""
+) -> Ephemeral:
     """The second half, bound to the very text of the first."""
-    return _greet(identity, "answer", PeerId(offer.sender), offer.channel, now, text_hash(offer_record.body))
+    answers = text_hash(offer_record.body)
+    return _greet(identity, "answer", PeerId(offer.sender), offer.channel, now, answers, seen)
 
 
 def _greet(
@@ -67,6 +70,7 @@ def _greet(
     channel: str,
     now: float,
     answers: str,
+    seen: str,
 ) -> Ephemeral:
     secret = X25519PrivateKey.generate()
     greeting = Greeting(
@@ -77,6 +81,7 @@ def _greet(
         key=secret.public_key().public_bytes_raw().hex(),
         issued_at=now,
         answers=answers,
+        seen=seen,
     )
     body = encode(greeting)
     signature = identity.sign(GREETING_DOMAIN, body).hex()

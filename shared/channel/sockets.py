@@ -12,7 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 
-from shared.channel.addresses import Address, Interface, worth_trying
+from shared.channel.addresses import Address, Interface, public_interfaces, worth_trying
 from shared.channel.link import Link
 from shared.channel.listening import ListeningPort
 from shared.channel.sealed import socket_keys, socket_tag
@@ -51,6 +51,7 @@ class Sockets:
         further: bytes,
         port: ListeningPort | None,
         interfaces: Callable[[], frozenset[Interface]] | None,
+        neighbours: bool,
         limit: asyncio.Semaphore,
         dialled: bool,
         send: Callable[[Listening], None],
@@ -66,6 +67,7 @@ class Sockets:
         self._further = further
         self._port = port
         self._interfaces = interfaces
+        self._neighbours = neighbours
         self._limit = limit
         self._dialled = dialled
         self._send = send
@@ -135,7 +137,10 @@ class Sockets:
     async def _tell(self) -> None:
         if self._port is None or self._interfaces is None:
             return
-        addresses = await self._port.addresses(self._interfaces())
+        interfaces = self._interfaces()
+        addresses = await self._port.addresses(
+            interfaces if self._neighbours else public_interfaces(interfaces)
+        )
         ticket = secrets.token_bytes(TICKET_BYTES)
         self._port.forget(self._tag)
         self._tag = socket_tag(self._further, ticket)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
+from shared.channel.addresses import public_candidates
 from shared.channel.nat import hopeless
 from shared.channel.webrtc import DirectLink
 from shared.errors import ConnectionLost, ProtocolError
@@ -43,6 +44,7 @@ class Upgrade:
         make: Callable[[], DirectLink] | None,
         limit: asyncio.Semaphore,
         whereabouts: Callable[[], tuple[NatKind, str]],
+        neighbours: bool,
         dialled: bool,
         send: Callable[[Describe], None],
         use: Callable[[DirectLink], None],
@@ -52,6 +54,7 @@ class Upgrade:
         self._make = make
         self._limit = limit
         self._whereabouts = whereabouts
+        self._neighbours = neighbours
         self._dialled = dialled
         self._send = send
         self._use = use
@@ -103,8 +106,7 @@ class Upgrade:
         self.why_relayed = OPENING
         try:
             async with self._limit:
-                nat, seen = self._whereabouts()
-                own = replace(await to_the_end(link.describe(self._attempt)), nat=nat, seen=seen)
+                own = self._tellable(await to_the_end(link.describe(self._attempt)))
                 self._send(own)
                 other = await self._their_description()
                 if why := hopeless(own, other):
@@ -122,6 +124,12 @@ class Upgrade:
             self._link = None
             self._drop(link)
             await to_the_end(link.close())
+
+    def _tellable(self, own: Describe) -> Describe:
+        """With what our relay knows of us, and without what is only a neighbour's business."""
+        nat, seen = self._whereabouts()
+        told = own.candidates if self._neighbours else public_candidates(own.candidates)
+        return replace(own, nat=nat, seen=seen, candidates=told)
 
     async def _their_description(self) -> Describe:
         try:

@@ -127,6 +127,18 @@ async def test_a_patient_client_starts_before_its_relay() -> None:
             await client.wait_connected(5)
 
 
+async def test_of_two_processes_with_one_key_the_older_one_stays_away_and_says_why(
+    relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with party(relay) as ann:
+        older = ann.client
+        async with RelayClient(relay.url, older.identity) as newer:
+            await until(lambda: not older.connected.is_set())
+            assert isinstance(older.error, Refused)
+            assert newer.connected.is_set() and newer.error is None
+    assert "end one of the two" in caplog.text
+
+
 async def test_stun_is_where_the_relay_is(relay: Relay) -> None:
     async with party(relay) as ann:
         assert ann.client.stun == ("127.0.0.1", relay.stun_port)
