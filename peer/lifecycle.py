@@ -128,7 +128,7 @@ class Peer:
     async def drain(self, timeout_s: float = DRAIN_S) -> bool:
         """Take no new sessions and wait for those that run; True when all of them finished in time."""
         assert self.service is not None
-        self.service.draining = True
+        self.service.drain()
         await self.announce("draining")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.service.drained(), timeout_s)

@@ -48,6 +48,7 @@ class Priority(IntEnum):
     CONTROL = 0
     DECODE = 1
     PREFILL = 2
+    BACKGROUND = 3
 
 
 class Header(NamedTuple):
@@ -149,7 +150,7 @@ def read_header(frame: bytes | memoryview) -> Header:
     parts = flags & 0x0F
     if (
         kind > PEER_WIRE
-        or flags >> PRIORITY_SHIFT > Priority.PREFILL
+        or flags >> PRIORITY_SHIFT > Priority.BACKGROUND
         or parts not in (0, FIRST, LAST, WHOLE, ABANDONED)
     ):
         raise ProtocolError(f"a frame has kind {kind} and flags {flags:#x}, which mean nothing")

@@ -34,6 +34,11 @@ PREFILL_CHUNK = 256
 PREFILL_WINDOW = 4 * PREFILL_CHUNK
 """Positions that a hop may have been sent beyond those that it has told to be `Consumed`."""
 
+TEE_ROWS = 16
+"""Positions of one copy for a standby, at least: it computes them in one pass, and lags behind by no more."""
+TEE_WINDOW = 2 * PREFILL_CHUNK
+"""Positions that a standby may have been sent beyond those that it has told to be `Consumed`."""
+
 PREFIX_PAGE = 64
 """Positions of one page: sessions that begin alike share what was computed for them in whole pages."""
 
@@ -355,6 +360,9 @@ class Open(Struct, frozen=True, tag="open", kw_only=True):
     """For the last hop, and only when penalties need them: the tokens so far, prompt included."""
     pages: Pages = []
     """Names of the tokens so far. A hop that is new to the session begins behind such pages of this asker."""
+    standby: bool = False
+    """The receiver stands by for its entry: it follows by copies when it has time, passes nothing on, draws
+    nothing, and gives its memory to any session that wants it. A higher epoch without this makes it a hop."""
 
 
 class Opened(Struct, frozen=True, tag="opened"):
@@ -401,7 +409,8 @@ class Consumed(Struct, frozen=True, tag="consumed"):
     """Prompt or replay steps up to, not including, `position` are done: as many more may come.
 
     From a hop to whoever feeds it, who may be `PREFILL_WINDOW` positions ahead of this and no more. So a long
-    prompt waits where it is, and not in a channel that others' tokens pass through.
+    prompt waits where it is, and not in a channel that others' tokens pass through. A standby tells its asker
+    too, and may be sent `TEE_WINDOW`.
     """
 
     session: SessionId
@@ -458,6 +467,18 @@ class Lost(Struct, frozen=True, tag="lost"):
     peer: Id
 
 
+class Tee(Struct, frozen=True, tag="tee"):
+    """From the asker to a hop: send copies of what the next hop is sent to its standby too.
+
+    From `position` on, as steps of this epoch that are never sampled. Ends with the epoch or the session.
+    """
+
+    session: SessionId
+    epoch: Count
+    peer: Id
+    position: Position
+
+
 class Probe(Struct, frozen=True, tag="probe"):
     """Ask a peer how busy it is at this moment: an announcement may be many seconds old."""
 
@@ -509,6 +530,7 @@ PeerMessage = (
     | Close
     | Failed
     | Lost
+    | Tee
     | Probe
     | Load
     | Fetch

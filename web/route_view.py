@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from shared.client.directory import Directory
-from shared.client.session import Rerouted
+from shared.client.session import Reason, Rerouted
 from shared.identity import PeerId
 from shared.protocol import Hop, RouteSpan
 from shared.spans import Span
 from web.chat import TokenTrace
 
 Json = dict[str, Any]
+
+REASONS: dict[Reason, str] = {
+    "lost": "went away",
+    "declined": "had no room",
+    "late": "did not answer in time",
+    "leaving": "is leaving",
+}
 
 
 def tokens_view(tokens: Sequence[TokenTrace], directory: Directory) -> list[Json]:
@@ -44,9 +51,9 @@ def reroute_sentence(event: Rerouted, directory: Directory) -> str:
     heirs = [span.peer for span in event.route if _overlap(span, event.lost_span)]
     if heirs == [event.lost]:
         return f"the connection to {lost} broke; it was made anew"
-    reason = "had no room" if event.declined else "went away"
     names = " and ".join(directory.name(PeerId(peer)) for peer in heirs)
-    return f"{lost} {reason}; {names} took over"
+    follow = "had followed along and took over" if event.stood_by else "took over"
+    return f"{lost} {REASONS[event.reason]}; {names} {follow}"
 
 
 def _overlap(span: RouteSpan, layers: tuple[int, int]) -> bool:

@@ -3,7 +3,8 @@
 While a pass runs in the executor's thread, more steps arrive; whatever is there when it ends makes the next.
 So a pass is as wide as the peer is busy, and nobody waits for company. Steps of one position go all at once.
 Of longer steps, the first brings a piece, cut by measured time, and then stands behind the others: prompts
-advance with every pass, and hold up a token by no more than a piece takes.
+advance with every pass, and hold up a token by no more than a piece takes. What standbys are sent is computed
+when nothing else is ready.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ ALONE_TIMES = 4
 of their speed with 16 positions. Whoever comes next waits for one such piece, once."""
 SMOOTHING = 0.1
 """Weight of the newest step in the measured wait."""
+IN_BACKGROUND = 5
+"""A pass for standbys is so many times shorter than one for prompts: a token that comes then waits for it."""
 MOST_SINGLES = 64
 """Sessions that give one position each to a pass. More take turns, in the order in which they came."""
 
@@ -73,6 +76,11 @@ class Pace:
         alone = self._clock() - self._company_at > ALONE_S
         return min(PREFILL_CHUNK, self._fitting * (ALONE_TIMES if alone else 1))
 
+    @property
+    def background_piece(self) -> int:
+        """The same when all that is ready is for standbys."""
+        return max(SMALLEST_PIECE, self._fitting // IN_BACKGROUND)
+
     def took(self, shares: Sequence[Share], pass_ms: float) -> None:
         """A pass computed these and took so long."""
         for work, _ in shares:
@@ -109,13 +117,19 @@ class Batcher:
         self._stirred = asyncio.Event()
 
     async def compute(
-        self, cache: KVCache, step: Step, body: bytes | memoryview, draw: Draw | None
+        self,
+        cache: KVCache,
+        step: Step,
+        body: bytes | memoryview,
+        draw: Draw | None,
+        in_background: Callable[[], bool] = lambda: False,
     ) -> Computed:
         """Truncate the cache to the step's position, append its inputs, and give what comes out.
 
-        Raises BadInputs or CacheFull when the inputs do not fit. A cancelled call computes no further piece.
+        While `in_background` holds, it waits until nothing else is ready. Raises BadInputs or CacheFull when
+        the inputs do not fit. A cancelled call computes no further piece.
         """
-        work = Work(cache, step, body, draw)
+        work = Work(cache, step, body, draw, in_background)
         future: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
         self._waiting[work] = future
         self._ready.append(work)
@@ -149,14 +163,18 @@ class Batcher:
     async def _pass(self) -> None:
         # Whose session is over must not be in a pass: its cache may be another's by now.
         self._forget_cancelled()
-        shares = choose(self._ready, self.pace.piece)
+        urgent = [work for work in self._ready if not work.in_background()]
+        shares = (
+            choose(urgent, self.pace.piece) if urgent else choose(self._ready, self.pace.background_piece)
+        )
         if not shares:
             return
         took_ms = await self._executor.run(compute_pass, self._span, shares)
         positions = sum(count for _, count in shares)
         self.passes += 1
         self.positions += positions
-        self.pace.took(shares, took_ms)
+        if urgent:
+            self.pace.took(shares, took_ms)
         for work, _ in shares:
             self._ready.remove(work)
             if work.left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -50,9 +50,15 @@ class Work:
     """A step on its way through a span, in one pass or piece by piece; `error` is what went wrong with it."""
 
     def __init__(
-        self, cache: KVCache, step: Step, body: bytes | memoryview, draw: Draw | None = None
+        self,
+        cache: KVCache,
+        step: Step,
+        body: bytes | memoryview,
+        draw: Draw | None = None,
+        in_background: Callable[[], bool] = lambda: False,
     ) -> None:
         self.cache = cache
+        self.in_background = in_background
         self.error: Exception | None = None
         self.computed_ms = 0.0
         self.ended = 0.0

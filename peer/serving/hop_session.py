@@ -25,6 +25,7 @@ from peer.serving.compute import Computed, Draw, row_bytes, wire_dtype
 from peer.serving.executor import Executor
 from peer.serving.input_log import InputLog
 from peer.serving.prefixes import Beginning, Prefix
+from peer.serving.tee import TeeRun, reach
 from shared.channel import Channel, Priority
 from shared.errors import ConnectionLost, CorollaError
 from shared.identity import PeerId
@@ -42,6 +43,7 @@ from shared.protocol import (
     PeerMessage,
     RouteSpan,
     Step,
+    Tee,
     Tensor,
     Token,
 )
@@ -86,7 +88,7 @@ class Overrun(msgspec.Struct, frozen=True):
     """The inbox was full, and is empty now."""
 
 
-Item = Admission | Inputs | Arrival | Grant | Overrun
+Item = Admission | Inputs | Arrival | Grant | Tee | Overrun
 
 
 class Surroundings(Protocol):
@@ -98,6 +100,9 @@ class Surroundings(Protocol):
     batcher: Batcher
 
     async def channel(self, peer: PeerId) -> Channel: ...
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something beside the session; it ends with the peer at the latest."""
 
     def stepped(self, layers: int, count: int, computed_ms: float) -> None:
         """A step of `count` positions through `layers` layers took this long."""
@@ -127,6 +132,8 @@ class HopSession:
         """What the next hop holds, until it was brought to where we are."""
         self._untold: list[int] = []
         """What each hop holds, to be told with the first step that is passed on in this epoch."""
+        self._tee: TeeRun | None = None
+        self._teeing: asyncio.Task[None] | None = None
         self._prompt_before = False
         """The step before this one was part of a prompt or replay that goes on."""
         self._allowed: int | None = None
@@ -174,7 +181,11 @@ class HopSession:
     def consumed(self, peer: PeerId, told: Consumed) -> None:
         """The next hop has done steps of a prompt, so it can be sent more."""
         following = self._next()
-        if following is None or following.peer != peer or told.epoch != self.open.epoch:
+        if following is None or told.epoch != self.open.epoch:
+            return
+        if self._tee is not None and self._tee.peer == peer:
+            self._tee.consumed(told.position)
+        if following.peer != peer:
             return
         if self._allowed is not None:
             self._allowed = max(self._allowed, told.position + PREFILL_WINDOW)
@@ -187,16 +198,21 @@ class HopSession:
     def end(self) -> None:
         """No more items."""
         self._over = True
+        self._end_tee()
         while not self._inbox.empty():
             self._inbox.get_nowait()
 
     def visits(self, peer: PeerId) -> bool:
-        """True when the route leads through that peer."""
-        return any(entry.peer == peer for entry in self.open.route)
+        """True when the route leads through that peer, or when it stands by for our next hop."""
+        return self._copies_to(peer) or any(entry.peer == peer for entry in self.newest.route)
+
+    def _copies_to(self, peer: PeerId) -> bool:
+        return self._tee is not None and self._tee.peer == peer
 
     def uses(self, channel: Channel) -> bool:
-        """True when the ring passes from this hop through that channel."""
-        return self._channels.get(channel.peer) is channel
+        """True when the ring, or copies for a standby, pass from this hop through that channel."""
+        copies = self._tee is not None and self._tee.channel is channel
+        return copies or self._channels.get(channel.peer) is channel
 
     async def run(self) -> None:
         """Handle items until cancelled. An error of ours ends the session with one sentence to the asker."""
@@ -227,6 +243,8 @@ class HopSession:
             case Grant():
                 self._credit = max(self._credit, item.credit)
                 await self._advance()
+            case Tee():
+                self._start_tee(item)
             case Overrun():
                 raise BadInputs("more steps came than this peer had said it would take")
             case _:
@@ -243,9 +261,15 @@ class HopSession:
             await self._begin(admission.beginning)
         else:
             self._prepared = opened
+        if opened.standby:
+            # Whom it will speak to as a hop: the next one, or the first one that it brings tokens to.
+            following = (opened.route[opened.index + 1 :] or opened.route)[0]
+            if following.peer != self._around.me:
+                self._around.start(reach(self._around.channel, PeerId(following.peer)))
         await self.tell(Opened(opened.session, opened.epoch, self.position))
 
     def _take_route(self, opened: Open) -> None:
+        self._end_tee()
         self.open, self._prepared = opened, None
         self._credit = max(self._credit, opened.credit)
         self._held = None
@@ -265,6 +289,35 @@ class HopSession:
             return
         self._cache = self._around.span.new_cache(self.mine.start, self.mine.end, capacity)
         self._log = InputLog(row_bytes(self._around.span))
+
+    # ------------------------------------------------------------ standbys
+
+    def _stands_by(self) -> bool:
+        """True until a route is on its way on which this is a hop."""
+        return self.open.standby and self.newest.standby
+
+    def _start_tee(self, tee: Tee) -> None:
+        if tee.epoch != self.open.epoch or self._next() is None or self.open.standby:
+            return
+        self._end_tee()
+        self._tee = TeeRun(tee, self._log, wire_dtype(self._around.span), self._around.span.hidden_size)
+        self._teeing = self._around.start(self._run_tee(self._tee))
+
+    async def _run_tee(self, tee: TeeRun) -> None:
+        try:
+            await tee.run(self._around.channel)
+        except ConnectionLost:
+            await self._report_lost(tee.peer)
+
+    def _end_tee(self) -> None:
+        if self._teeing is not None:
+            self._teeing.cancel()
+        self._tee = self._teeing = None
+
+    def lost(self, peer: PeerId) -> None:
+        """A standby that we copy to does not know the session."""
+        if self._copies_to(peer):
+            self._end_tee()
 
     def _next(self) -> RouteSpan | None:
         after = self.open.index + 1
@@ -329,21 +382,26 @@ class HopSession:
     async def _compute(self, inputs: Inputs) -> None:
         step = inputs.step
         assert self._cache is not None
-        draw = self._draw(step) if self._next() is None and step.sample else None
-        computed = await self._around.batcher.compute(self._cache, step, inputs.body, draw)
+        draw = self._draw(step) if self._next() is None and step.sample and not self.open.standby else None
+        computed = await self._around.batcher.compute(self._cache, step, inputs.body, draw, self._stands_by)
         self._around.stepped(self.mine.end - self.mine.start, step.count, computed.computed_ms)
         if self._next() is not None:
             self._log.write(step.position, computed.body)
-        if self.epoch == step.epoch:
+            if self._tee is not None:
+                self._tee.written(step.position)
+        if self.epoch == step.epoch and not self.open.standby:
             await self._pass_on(inputs, computed)
 
     async def _ask_for_more(self, inputs: Inputs) -> None:
         """Whoever feeds us a prompt, or replays one, keeps to what we have told to be done."""
         step = inputs.step
-        if inputs.source is not None and (step.count > 1 or not step.sample):
-            done = Consumed(step.session, step.epoch, step.position + step.count)
-            with contextlib.suppress(ConnectionLost):
-                await inputs.source.send(done, b"", Priority.CONTROL)
+        if inputs.source is None or (step.count == 1 and step.sample):
+            return
+        done = Consumed(step.session, step.epoch, step.position + step.count)
+        with contextlib.suppress(ConnectionLost):
+            await inputs.source.send(done, b"", Priority.CONTROL)
+        if self.open.standby and inputs.source.peer != self.asker.peer:
+            await self.tell(done)
 
     def _draw(self, step: Step) -> Draw:
         position = step.position + step.count

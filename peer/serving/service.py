@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Literal, Self, assert_never
+from typing import Any, Literal, Self, assert_never
 
 import msgspec
 
@@ -43,6 +43,7 @@ from shared.protocol import (
     Renew,
     RouteSpan,
     Step,
+    Tee,
     Token,
 )
 from shared.tokenizer_files import pack_files
@@ -89,6 +90,7 @@ class Service:
         self.batcher = Batcher(span, self.executor)
         self.prefixes = Prefixes()
         self.draining = False
+        """True once this peer leaves: see `drain`."""
         self.ms_per_layer: float | None = None
         """One decode step through one layer, with all that was in its pass, smoothed over the last steps."""
         self.dropped_replies = 0
@@ -119,20 +121,40 @@ class Service:
 
     @property
     def session_count(self) -> int:
-        return len(self._admitted)
+        """Sessions of which this is a hop; those that it stands by for do not count."""
+        return len(self._admitted) - len(self._standbys())
+
+    @property
+    def standby_count(self) -> int:
+        """Sessions that it stands by for."""
+        return len(self._standbys())
 
     @property
     def kv_tokens_free(self) -> int:
-        """Positions through the whole span that still fit in the budget."""
-        return self._budget.free_bytes // self._bytes_per_token(self.span.start, self.span.end)
+        """Positions through the whole span that a session would find room for."""
+        return self._free_bytes // self._bytes_per_token(self.span.start, self.span.end)
+
+    @property
+    def _free_bytes(self) -> int:
+        """What nobody holds, and what standbys would give back."""
+        return self._budget.free_bytes + sum(self._budget.held_bytes(name) for name in self._standbys())
+
+    def _standbys(self) -> list[str]:
+        return [name for name, admitted in self._admitted.items() if admitted.standby]
+
+    def drain(self) -> None:
+        """Take no new sessions, and stand by for none."""
+        self.draining = True
+        for session in self._standbys():
+            self._dismiss(session)
 
     @property
     def wait_ms(self) -> float:
         """What a step of one position waits before it is computed."""
-        return self.batcher.wait_ms if self._admitted else 0.0
+        return self.batcher.wait_ms if self.session_count else 0.0
 
     async def drained(self) -> None:
-        """Returns when no session is left."""
+        """Returns when no session is left, and none that it stands by for."""
         await self._empty.wait()
 
     def channel_closed(self, channel: Channel) -> None:
@@ -145,6 +167,9 @@ class Service:
                 self._tasks.start(admitted.session.tell(lost))
 
     # ------------------------------------------------------------ what sessions need of us
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._tasks.start(coroutine)
 
     async def channel(self, peer: PeerId) -> Channel:
         return await self._dial(peer)
@@ -173,7 +198,7 @@ class Service:
                     admitted.session.consumed(channel.peer, message)
             case Token():
                 self._token(channel, Arrival(message, path, arrived, _link_ms(channel)))
-            case Grant():
+            case Grant() | Tee():
                 if admitted := self._from_asker(channel, message.session):
                     admitted.session.put(message)
             case Renew(sessions=sessions):
@@ -187,6 +212,7 @@ class Service:
                 admitted = self._admitted.get(session)
                 if admitted and message.peer == channel.peer and admitted.session.visits(channel.peer):
                     self._tasks.start(admitted.session.tell(message))
+                    admitted.session.lost(channel.peer)
             case Probe():
                 self._reply(channel, self._load(message))
             case Fetch():
@@ -241,11 +267,11 @@ class Service:
 
     def _load(self, probe: Probe) -> Load:
         token_bytes = self._bytes_per_token(self.span.start, self.span.end)
-        closed = self.draining or len(self._admitted) >= self._offer.max_sessions
-        free = 0 if closed else self._budget.free_bytes // token_bytes
+        closed = self.draining or self.session_count >= self._offer.max_sessions
+        free = 0 if closed else self._free_bytes // token_bytes
         return Load(
             request=probe.request,
-            sessions=len(self._admitted),
+            sessions=self.session_count,
             wait_ms=self.wait_ms,
             ms_per_layer=self.ms_per_layer,
             kv_tokens_free=free,
@@ -264,8 +290,9 @@ class Service:
                 age_s=now - admitted.since,
             )
             for name, admitted in self._admitted.items()
+            if not admitted.standby
         ]
-        return room_after_s(tenants, wanted_bytes - self._budget.free_bytes)
+        return room_after_s(tenants, wanted_bytes - self._free_bytes)
 
     def _open(self, channel: Channel, opened: Open) -> None:
         admitted = self._admitted.get(opened.session)
@@ -278,6 +305,7 @@ class Service:
         beginning = self._beginning(channel, opened)
         if admitted is None:
             admitted = self._admit(channel, opened)
+        admitted.standby = opened.standby
         admitted.session.asker = channel
         admitted.session.renew(opened)
         admitted.feed(
@@ -314,16 +342,18 @@ class Service:
                 "context",
                 f"the model holds {self._offer.context_length} tokens, not {opened.max_tokens}",
             )
-        if admitted is None and self.draining:
+        if self.draining and (admitted is None or opened.standby):
             return _decline(opened, "draining", "this peer is leaving")
-        if admitted is None and len(self._admitted) >= self._offer.max_sessions:
-            message = f"this peer has {len(self._admitted)} sessions already"
+        if admitted is None and self.session_count >= self._offer.max_sessions:
+            message = f"this peer has {self.session_count} sessions already"
             return _decline(opened, "busy", message, self._room_after_s(0))
         return None
 
     def _reserve(self, opened: Open) -> Decline | None:
         mine = opened.route[opened.index]
         token_bytes = self._bytes_per_token(mine.start, mine.end)
+        if not opened.standby:
+            self._make_room(opened, opened.max_tokens * token_bytes)
         try:
             self._budget.reserve(opened.session, opened.max_tokens * token_bytes)
         except Busy as busy:
@@ -332,6 +362,24 @@ class Service:
             retry_after_s = self._room_after_s(opened.max_tokens * token_bytes)
             return _decline(opened, "busy", message, retry_after_s)
         return None
+
+    def _make_room(self, opened: Open, wanted_bytes: int) -> None:
+        """Send standbys away, the newest first, if that makes room for a session."""
+        wanted_bytes -= self._budget.held_bytes(opened.session)
+        if wanted_bytes > self._free_bytes:
+            return
+        for session in reversed(self._standbys()):
+            if wanted_bytes <= self._budget.free_bytes:
+                return
+            if session != opened.session:
+                self._dismiss(session)
+
+    def _dismiss(self, session: str) -> None:
+        """Stand by for a session no longer; its asker finds another."""
+        standby = self._admitted[session].session
+        lost = Lost(session, standby.newest.epoch, self.me)
+        self._tasks.start(standby.tell(lost))
+        self._end(session)
 
     def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:
         """What an earlier session left for this one; others are freed where reservations want the memory."""
@@ -394,6 +442,8 @@ class _Admitted:
         self.session = session
         self.task = task
         self.since = time.monotonic()
+        self.standby = False
+        """Whether it only stands by, and gives way to sessions."""
         self.sources: dict[int, PeerId] = {}
         """Who may send it steps, by epoch: of the route that it serves, and of the one that is coming."""
         self.deadline = 0.0

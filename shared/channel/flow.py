@@ -32,7 +32,12 @@ from shared.protocol import Path
 WINDOW_FRAMES = 512
 """Frames sent but not consumed, at most, however small; the bytes are for `path_choice` to measure."""
 # The urgent may use more of the window: a prefill that fills its share never keeps a token waiting.
-_SHARES = {Priority.CONTROL: 1.0, Priority.DECODE: 0.875, Priority.PREFILL: 0.75}
+_SHARES = {
+    Priority.CONTROL: 1.0,
+    Priority.DECODE: 0.875,
+    Priority.PREFILL: 0.75,
+    Priority.BACKGROUND: 0.25,
+}
 _PRIORITIES = tuple(Priority)
 _LIMIT_FRAMES = tuple(int(WINDOW_FRAMES * _SHARES[priority]) for priority in _PRIORITIES)
 # A message given up half way is told in a frame beyond the window, at most one for each priority.
@@ -95,7 +100,7 @@ class Outbound:
     def straight(self, priority: Priority, meta: bytes, body: bytes | bytearray | memoryview) -> Sent | None:
         """A whole message as one frame, if it fits in one and nothing is ahead of it; else None."""
         size = len(meta) + len(body)
-        longest = CHUNK_BYTES if priority == Priority.PREFILL else WHOLE_BYTES
+        longest = CHUNK_BYTES if priority >= Priority.PREFILL else WHOLE_BYTES
         if size > longest or self._again or not self._fits(priority, size + HEADER_BYTES):
             return None
         for urgent in range(priority + 1):

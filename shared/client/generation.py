@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from shared.background import Background
-from shared.channel import Channel, Dialer, Priority
+from shared.channel import Channel, Dialer
 from shared.client.session import (
     ClientSession,
     Drawn,
@@ -26,10 +26,11 @@ from shared.client.session import (
     Request,
     Rerouted,
     Send,
+    Spare,
 )
 from shared.errors import ConnectionLost, SessionFailed
 from shared.identity import PeerId
-from shared.protocol import Close, PeerMessage
+from shared.protocol import Close, PeerMessage, RouteSpan
 
 RENEW_S = 10.0
 """A third of the lease that hops give a session."""
@@ -56,11 +57,12 @@ class Generation:
         plan: Planner,
         name_pages: PageNamer,
         tasks: Background,
+        spare: Spare,
         reserved: Callable[[], None] = lambda: None,
     ) -> None:
         self.session = secrets.token_hex(16)
         self._dialer = dialer
-        self._machine = ClientSession(self.session, request, plan, name_pages)
+        self._machine = ClientSession(self.session, request, plan, name_pages, spare=spare)
         self._tasks = tasks
         self._reserved: Callable[[], None] | None = reserved
         self._inbox: asyncio.Queue[Event | Exception] = asyncio.Queue(INBOX_SIZE)
@@ -73,6 +75,11 @@ class Generation:
     def peers(self) -> list[PeerId]:
         """The peers of its route."""
         return self._machine.peers
+
+    @property
+    def standbys(self) -> list[RouteSpan]:
+        """Who stands by for which layers of it."""
+        return self._machine.standbys
 
     async def received(self, channel: Channel, message: PeerMessage) -> None:
         """A message of this session came in from a hop."""
@@ -163,7 +170,7 @@ class Generation:
         if self._channels.get(send.peer) is not channel:
             self._channels[send.peer] = channel
             self._watches.enter_context(channel.watched())
-        await channel.send(send.message, send.body, Priority.PREFILL if send.prefill else Priority.CONTROL)
+        await channel.send(send.message, send.body, send.lane)
 
     async def _renew(self) -> None:
         while True:

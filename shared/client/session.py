@@ -19,11 +19,15 @@ from typing import Literal, assert_never
 
 import msgspec
 
+from shared.client.standbys import Standby, Standbys
 from shared.errors import Busy, CorollaError, NoRoute, ProtocolError, SessionFailed
+from shared.framing import Priority
 from shared.identity import PeerId, short
 from shared.protocol import (
     PREFILL_CHUNK,
     PREFILL_WINDOW,
+    TEE_ROWS,
+    TEE_WINDOW,
     Close,
     Consumed,
     Decline,
@@ -38,10 +42,17 @@ from shared.protocol import (
     RouteSpan,
     Sampling,
     Step,
+    Tee,
     Tensor,
     Token,
 )
 
+LOOK_EVERY = 32
+"""Tokens after which hops without a standby are looked at again: somebody may have joined."""
+FORGIVE_EVERY = 256
+"""Tokens after which peers that were lost, or would not stand by, are thought of again."""
+WORTH_A_STANDBY = 8
+"""For fewer tokens than these to come, nobody is asked to follow."""
 CREDIT_WINDOW = 64
 """Tokens that the ring may run ahead of the asker; a vanished asker costs at most this much work."""
 
@@ -68,13 +79,19 @@ class Drawn(msgspec.Struct, frozen=True):
     stop: bool
 
 
+Reason = Literal["lost", "declined", "late", "leaving"]
+"""Why a hop is left: it cannot be reached, has no room, does not answer in time, or goes away on purpose."""
+
+
 class Rerouted(msgspec.Struct, frozen=True):
-    """The session goes on along another route: `lost` could not be reached any more, or had no room."""
+    """The session goes on along another route, without the hop `lost`."""
 
     lost: PeerId
     lost_span: tuple[int, int]
     route: Sequence[RouteSpan]
-    declined: bool = False
+    reason: Reason = "lost"
+    stood_by: bool = False
+    """Whoever took over had followed all along."""
 
 
 # ---------------------------------------------------------------- events and effects
@@ -99,7 +116,7 @@ class Send(msgspec.Struct, frozen=True):
     peer: PeerId
     message: PeerMessage
     body: bytes = b""
-    prefill: bool = False
+    lane: Priority = Priority.CONTROL
 
 
 class Emit(msgspec.Struct, frozen=True):
@@ -118,6 +135,8 @@ Event = Received | PeerLost
 Effect = Send | Emit | Finish
 Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId]], list[RouteSpan]]
 """Given the spans that survive and the peers to avoid, a whole route. Raises NoRoute or Busy."""
+Spare = Callable[[RouteSpan, frozenset[PeerId]], PeerId | None]
+"""Given an entry of the route and the peers to avoid, one that may stand by for it, if there is any."""
 PageNamer = Callable[[Sequence[int]], list[str]]
 """The names of the whole pages of a text."""
 
@@ -129,7 +148,13 @@ class ClientSession:
     """Feed it `start`, then events; carry out the effects in order until a Finish."""
 
     def __init__(
-        self, session: str, request: Request, plan: Planner, name_pages: PageNamer = lambda tokens: []
+        self,
+        session: str,
+        request: Request,
+        plan: Planner,
+        name_pages: PageNamer = lambda tokens: [],
+        *,
+        spare: Spare = lambda entry, avoid: None,
     ) -> None:
         self.session = session
         self.epoch = 0
@@ -138,6 +163,7 @@ class ClientSession:
         self._request = request
         self._plan = plan
         self._name_pages = name_pages
+        self._spare = spare
         self._limit = len(self.tokens) + request.max_new_tokens
         self._credit = 0
         self._unsent: deque[Send] = deque()
@@ -152,6 +178,15 @@ class ClientSession:
         self._last_hop = PeerId("")
         self._parting: set[PeerId] = set()
         """Peers that the route left; they go on until the new route has shown that it works."""
+        self._proven = False
+        """A token has come by the current route."""
+        self._standbys = Standbys()
+        self._followed = -1
+        """The epoch in which standbys were asked to follow."""
+        self._certain = 0
+        """Positions that hold the tokens as the asker knows them, wherever they were computed."""
+        self._unfit: set[PeerId] = set()
+        """Peers that would not stand by when they were asked lately."""
         self._losses: dict[PeerId, int] = {}
         self._refused: set[PeerId] = set()
         """Peers that declined since the session last ran: they may have room another time, not now."""
@@ -161,6 +196,11 @@ class ClientSession:
     def peers(self) -> list[PeerId]:
         """The peers of the current route, in order."""
         return [PeerId(span.peer) for span in self.route]
+
+    @property
+    def standbys(self) -> list[RouteSpan]:
+        """Who stands by, each for its layers."""
+        return [standby.entry for standby in self._standbys if standby.ready]
 
     @property
     def running(self) -> bool:
@@ -198,7 +238,7 @@ class ClientSession:
         """Tell every hop that the session is still wanted; call it well within the lease."""
         if self._state == "over":
             return []
-        return [Send(peer, Renew([self.session])) for peer in self.peers]
+        return [Send(peer, Renew([self.session])) for peer in (*self.peers, *self._standbys.peers)]
 
     # ------------------------------------------------------------ opening
 
@@ -207,21 +247,26 @@ class ClientSession:
             self._before = self.epoch - 1, self._last_hop
         self._last_hop = self.peers[-1]
         self._state = "opening"
+        self._proven = False
         self._unsent.clear()
         self._awaiting = set(self.peers)
         self._held.clear()
         self._credit = self._next_credit()
         pages = self._name_pages(self.tokens)
-        return [Send(peer, self._open_message(index, pages)) for index, peer in enumerate(self.peers)]
+        return [
+            Send(peer, self._open_message(index, self.route, pages)) for index, peer in enumerate(self.peers)
+        ]
 
-    def _open_message(self, index: int, pages: list[str]) -> Open:
+    def _open_message(
+        self, index: int, route: list[RouteSpan], pages: list[str], *, standby: bool = False
+    ) -> Open:
         request = self._request
-        is_last = index == len(self.route) - 1
+        is_last = index == len(route) - 1 and not standby
         return Open(
             session=self.session,
             epoch=self.epoch,
             artefact=request.artefact,
-            route=self.route,
+            route=route,
             index=index,
             max_tokens=self._limit,
             prompt_length=len(request.prompt),
@@ -230,6 +275,7 @@ class ClientSession:
             stop_tokens=list(request.stop_tokens),
             history=list(self.tokens) if is_last and request.sampling.needs_history else [],
             pages=pages,
+            standby=standby,
         )
 
     def _opened(self, peer: PeerId, position: int) -> list[Effect]:
@@ -247,6 +293,7 @@ class ClientSession:
         most = min(len(self.tokens) - 1, self._sure)
         held = [min(self._held[peer], most) for peer in self.peers]
         self._sure = self._limit
+        self._certain = most
         self._unsent += self._steps(held)
         return self._sendable(held[0])
 
@@ -275,13 +322,18 @@ class ClientSession:
             sample=end == len(self.tokens),
             held=held,
         )
-        return Send(self.peers[0], step, array("i", self.tokens[start:end]).tobytes(), prefill=True)
+        return Send(self.peers[0], step, self._ids(start, end), Priority.PREFILL)
+
+    def _ids(self, start: int, end: int) -> bytes:
+        return array("i", self.tokens[start:end]).tobytes()
 
     # ------------------------------------------------------------ running
 
     def _receive(self, peer: PeerId, message: PeerMessage) -> list[Effect]:
         if isinstance(message, Token) and (message.epoch, peer) == self._before:
             return self._drawn_before(message)
+        if (standby := self._standbys.find(peer)) is not None:
+            return self._from_standby(standby, message)
         if peer not in self.peers:
             return []  # a peer that the route left may be slow to hear of it, or not be honest
         match message:
@@ -325,11 +377,17 @@ class ClientSession:
         drawn: list[Effect] = [Emit(Drawn(token.position, token.token, token.hops, token.stop))]
         if token.stop or len(self.tokens) >= self._limit:
             return drawn + self._finish(None)
-        return drawn + self._grant()
+        return drawn + self._grant() + self._keep_standbys()
 
     def _settle(self) -> list[Effect]:
-        """The new route works: who is not on it any more may go."""
+        """The route works: who is not on it any more may go."""
+        if self._proven:
+            return []
+        self._proven = True
         self._before = None
+        return self._part()
+
+    def _part(self) -> list[Effect]:
         parting, self._parting = self._parting, set()
         return [Send(peer, Close(self.session)) for peer in sorted(parting)]
 
@@ -350,6 +408,95 @@ class ClientSession:
     def _next_credit(self) -> int:
         return min(self._limit, len(self.tokens) + CREDIT_WINDOW)
 
+    # ------------------------------------------------------------ standbys
+
+    def _keep_standbys(self) -> list[Effect]:
+        """After a token: find standbys, and give the one of the first hop its token ids."""
+        if not self._proven:
+            return []
+        look = self._followed != self.epoch or len(self.tokens) % LOOK_EVERY == 0
+        self._followed = self.epoch
+        if len(self.tokens) % FORGIVE_EVERY == 0:
+            self._unfit.clear()
+            self._losses.clear()
+        first = self._standbys.of(self.route[0])
+        return (self._stand_by() if look else []) + (self._feed_standby(first) if first else [])
+
+    def _stand_by(self) -> list[Effect]:
+        """Ask for a standby for every hop without one, and bring the others into this epoch."""
+        if not self._proven or self._limit - len(self.tokens) < WORTH_A_STANDBY:
+            return []
+        effects = self._dismiss_useless()
+        for index, entry in enumerate(self.route):
+            standby = self._standbys.of(entry) or self._recruit(entry)
+            if standby is None or standby.epoch == self.epoch:
+                continue
+            standby.epoch = self.epoch
+            route = [*self.route[:index], standby.entry, *self.route[index + 1 :]]
+            pages = self._name_pages(self.tokens)
+            effects.append(Send(standby.peer, self._open_message(index, route, pages, standby=True)))
+        return effects
+
+    def _recruit(self, entry: RouteSpan) -> Standby | None:
+        known = {*self.peers, *self._standbys.peers, *self._parting}
+        peer = self._spare(entry, frozenset(known | set(self._losses) | self._unfit))
+        return None if peer is None else self._standbys.add(peer, entry)
+
+    def _dismiss_useless(self) -> list[Effect]:
+        layers = {(span.start, span.end) for span in self.route}
+        useless = [each for each in self._standbys if (each.start, each.end) not in layers]
+        return [effect for standby in useless for effect in self._dismiss(standby)]
+
+    def _dismiss(self, standby: Standby) -> list[Effect]:
+        self._standbys.drop(standby)
+        return [Send(standby.peer, Close(self.session))]
+
+    def _from_standby(self, standby: Standby, message: PeerMessage) -> list[Effect]:
+        match message:
+            case Opened(epoch=epoch, position=position):
+                standby.ready = True
+                standby.position = min(position, self._certain)
+                return self._copy_to(standby) if epoch == self.epoch else []
+            case Consumed(epoch=epoch, position=position) if epoch == self.epoch:
+                standby.position = max(standby.position, position)
+                is_first = (standby.start, standby.end) == (self.route[0].start, self.route[0].end)
+                return self._feed_standby(standby) if is_first else []
+            case Decline() | Failed() | Lost():
+                # Nobody sees a pause for it, so nobody is told.
+                self._unfit.add(standby.peer)
+                return self._dismiss(standby) + self._stand_by()
+            case _:
+                return []
+
+    def _copy_to(self, standby: Standby) -> list[Effect]:
+        """From now on it follows: the hop before it sends copies, or we do to that of the first hop."""
+        for index, entry in enumerate(self.route):
+            if self._standbys.of(entry) is standby and index:
+                tee = Tee(self.session, self.epoch, standby.peer, standby.position)
+                return [Send(self.peers[index - 1], tee)]
+        standby.sent = standby.position
+        return self._feed_standby(standby)
+
+    def _feed_standby(self, standby: Standby) -> list[Effect]:
+        """The token ids that the standby of the first hop may be sent now."""
+        effects: list[Effect] = []
+        if standby.epoch != self.epoch or not standby.ready:
+            return effects
+        while True:
+            start = standby.sent
+            end = min(start + PREFILL_CHUNK, len(self.tokens), standby.position + TEE_WINDOW)
+            if end - start < TEE_ROWS:
+                return effects
+            standby.sent = end
+            step = Step(
+                session=self.session,
+                epoch=self.epoch,
+                position=start,
+                count=end - start,
+                tensor=Tensor("int32", [end - start]),
+            )
+            effects.append(Send(standby.peer, step, self._ids(start, end), Priority.BACKGROUND))
+
     # ------------------------------------------------------------ losing and ending
 
     def _declined(self, peer: PeerId, decline: Decline) -> list[Effect]:
@@ -362,6 +509,9 @@ class ClientSession:
         return self._finish(SessionFailed(f"peer {short(peer)} declined: {decline.message}"))
 
     def _lose(self, peer: PeerId) -> list[Effect]:
+        if (standby := self._standbys.find(peer)) is not None:
+            self._losses[peer] = self._losses.get(peer, 0) + 1
+            return self._dismiss(standby) + self._stand_by()
         if peer not in self.peers:
             return []
         return self._reroute(peer, None)
@@ -372,19 +522,35 @@ class ClientSession:
             self._losses[lost] = self._losses.get(lost, 0) + 1
         else:
             self._refused.add(lost)
+        standby = self._standbys.of(gone)
+        if standby is not None and standby.ready:
+            return self._go_by(self._without(lost, standby), lost, "lost", stood_by=True)
         try:
             route = self._replan(lost)
         except NoRoute as error:
             return self._finish(refusal or error)
         except CorollaError as error:
             return self._finish(error)
+        return self._go_by(route, lost, "declined" if refusal else "lost")
+
+    def _without(self, peer: PeerId, standby: Standby) -> list[RouteSpan]:
+        return [standby.entry if span.peer == peer else span for span in self.route]
+
+    def _go_by(
+        self, route: list[RouteSpan], lost: PeerId, reason: Reason, *, stood_by: bool = False
+    ) -> list[Effect]:
+        """Take another route under the next epoch."""
+        gone = self.route[self.peers.index(lost)]
+        for entry in route:
+            if (standby := self._standbys.find(PeerId(entry.peer))) is not None:
+                self._standbys.drop(standby)
         left = {*self._parting, *self.peers} - {PeerId(span.peer) for span in route}
         refused = left & self._refused
         self._parting = left - refused
         self.route = route
         self.epoch += 1
-        rerouted = Rerouted(lost, (gone.start, gone.end), self.route, declined=refusal is not None)
         closes = [Send(peer, Close(self.session)) for peer in sorted(refused)]
+        rerouted = Rerouted(lost, (gone.start, gone.end), route, reason, stood_by)
         return [*closes, Emit(rerouted), *self._open()]
 
     def _replan(self, lost: PeerId) -> list[RouteSpan]:
@@ -401,8 +567,9 @@ class ClientSession:
     def _finish(self, error: CorollaError | None) -> list[Effect]:
         self._state = "over"
         pages = self._name_pages(self.tokens) if error is None else []
-        closes: list[Effect] = [Send(peer, Close(self.session, pages)) for peer in self.peers]
-        return [*self._settle(), *closes, Finish(error)]
+        served = (*self.peers, *sorted(self._standbys.peers))
+        closes: list[Effect] = [Send(peer, Close(self.session, pages)) for peer in served]
+        return [*self._part(), *closes, Finish(error)]
 
 
 def _end_of(send: Send) -> int:

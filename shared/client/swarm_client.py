@@ -20,7 +20,8 @@ from shared.client.generation import Generation
 from shared.client.page_names import PageNames
 from shared.client.probes import PROBE_S, Probes
 from shared.client.route_planner import Candidate, fill_route
-from shared.client.session import Drawn, Planner, Request, Rerouted
+from shared.client.session import Drawn, Planner, Request, Rerouted, Spare
+from shared.client.standbys import choose_standby
 from shared.client.two_choices import Choice, explain, informed, two_choices
 from shared.errors import Busy, ChannelClosed, ConnectionLost, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
@@ -47,6 +48,8 @@ from shared.tokenizer_files import files_hash, split_files
 
 log = logging.getLogger(__name__)
 
+BUSY_STANDBY_MS = 100.0
+"""Peers whose steps wait longer than this have enough to do with the sessions that they serve."""
 FETCH_TIMEOUT_S = 15.0
 FULL_PROBE_S = 1.0
 """How long peers may take to say whether they are still full: there is nothing else to do meanwhile."""
@@ -114,7 +117,8 @@ class SwarmClient:
         Busy or SessionFailed; what was yielded before stays valid.
         """
         plan = await self._planner(request)
-        generation = Generation(self._dialer, request, plan, self._pages.names, self._tasks, reserved)
+        spare = self._spare(request)
+        generation = Generation(self._dialer, request, plan, self._pages.names, self._tasks, spare, reserved)
         self._generations[generation.session] = generation
         try:
             async for event in generation.events():
@@ -141,6 +145,19 @@ class SwarmClient:
                 raise explain(candidates, self._probes.loads(), layers, model, tokens) from None
 
         return plan
+
+    def _spare(self, request: Request) -> Spare:
+        """Finds standbys for a session."""
+        tokens = len(request.prompt) + request.max_new_tokens
+
+        def spare(entry: RouteSpan, avoid: frozenset[PeerId]) -> PeerId | None:
+            try:
+                _, candidates = self._candidates(request.artefact, avoid)
+            except NoRoute:
+                return None
+            return choose_standby(entry, candidates, tokens=tokens, busiest=BUSY_STANDBY_MS)
+
+        return spare
 
     async def _compare(self, artefact: str, tokens: int, salt: str) -> Choice:
         """The two best routes, by what is known once their peers have been asked, where that may matter."""

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from shared.announcement import sign_announcement
 from shared.channel import PathReport
 from shared.client.directory import Directory
-from shared.client.session import Drawn, Request, Rerouted
+from shared.client.session import Drawn, Reason, Request, Rerouted
 from shared.errors import NoRoute
 from shared.identity import Identity, PeerId
 from shared.protocol import Announcement, Hop, Path, PeerState, RouteSpan
@@ -55,7 +55,8 @@ class Lose(msgspec.Struct, frozen=True):
 
     lost: str
     heir: str
-    declined: bool = False
+    reason: Reason = "lost"
+    stood_by: bool = False
 
 
 Part = Say | Raw | Stop | Pause | Lose | Exception
@@ -222,7 +223,7 @@ class FakeSwarm:
         lost = self.directory.get(self.id(part.lost))
         assert lost is not None
         route = [RouteSpan(self.id(part.heir), lost.start, lost.end)]
-        return Rerouted(self.id(part.lost), (lost.start, lost.end), route, part.declined)
+        return Rerouted(self.id(part.lost), (lost.start, lost.end), route, part.reason, part.stood_by)
 
 
 def artefact_of(model: str) -> str:

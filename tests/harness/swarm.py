@@ -132,6 +132,11 @@ class Swarm:
         """KV memory that each peer holds for sessions."""
         return {name: peer.kv_budget.reserved_bytes for name, peer in self.peers.items()}
 
+    def standbys(self) -> dict[str, tuple[int, int]]:
+        """Who follows an answer of the client, and for which layers."""
+        following = [span for each in self.client._generations.values() for span in each.standbys]
+        return {self.name(span.peer): (span.start, span.end) for span in following}
+
     # ------------------------------------------------------------ asking
 
     def ask(

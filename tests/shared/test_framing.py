@@ -133,7 +133,7 @@ def header(kind: int, flags: int, stream: int, meta: int, body: int, payload: in
         bytes(HEADER_BYTES - 1),
         header(2, WHOLE, 0, 1, 0, 1),
         header(1, 0x08 | WHOLE, 0, 1, 0, 1),
-        header(1, 0x30 | WHOLE, 0, 1, 0, 1),
+        header(1, 0x40 | WHOLE, 0, 1, 0, 1),
         header(1, WHOLE, 0, 0, 1, 1),
         header(1, WHOLE, 0, 1, 1, 1),
         header(1, WHOLE, 0, 1, 1, 3),

@@ -299,7 +299,19 @@ async def test_a_reroute_is_an_event_of_its_own(http: aiohttp.ClientSession, swa
 @pytest.mark.parametrize(
     ("lose", "message"),
     [
-        (Lose("bob", "eve", declined=True), "bob (layers 2–4) had no room; eve took over"),
+        (Lose("bob", "eve", reason="declined"), "bob (layers 2–4) had no room; eve took over"),
+        (
+            Lose("bob", "eve", stood_by=True),
+            "bob (layers 2–4) went away; eve had followed along and took over",
+        ),
+        (
+            Lose("bob", "eve", reason="late", stood_by=True),
+            "bob (layers 2–4) did not answer in time; eve had followed along and took over",
+        ),
+        (
+            Lose("bob", "eve", reason="leaving", stood_by=True),
+            "bob (layers 2–4) is leaving; eve had followed along and took over",
+        ),
         (Lose("bob", "bob"), "the connection to bob (layers 2–4) broke; it was made anew"),
     ],
 )

@@ -21,6 +21,8 @@ from shared.errors import ProtocolError
 from shared.identity import PeerId
 from shared.protocol import (
     PREFILL_WINDOW,
+    TEE_ROWS,
+    TEE_WINDOW,
     Close,
     Consumed,
     Decline,
@@ -39,6 +41,7 @@ from shared.protocol import (
     RouteSpan,
     Sampling,
     Step,
+    Tee,
     Token,
 )
 from shared.tokenizer_files import split_files
@@ -50,6 +53,7 @@ from tests.peer.serving.parties import (
     PROMPT,
     SESSION,
     SOON_S,
+    VOCABULARY,
     House,
     Party,
     Steady,
@@ -266,6 +270,117 @@ async def test_a_route_is_taken_with_its_first_step_and_the_one_before_goes_on_u
         await nothing_came_before(ann, limited(home, epoch=2))
 
 
+# ---------------------------------------------------------------- standbys
+
+
+async def test_a_standby_follows_and_says_so_but_passes_nothing_on_until_it_is_a_hop() -> None:
+    states = expected_states(tuple(PROMPT), 2)
+    async with house(span(2, 4)) as home:
+        asker, ann, eve = home.party("asker"), home.party("ann"), home.party("eve")
+        assert (await asker.opens(home.open(*MIDDLE, standby=True))).position == 0
+        assert (home.service.session_count, home.service.standby_count) == (0, 1)
+        await ann.say(states_step(0, 5), states_body(states[:5]))
+        await ann.say(states_step(5, 1, sample=True), states_body(states[5:6]))
+        await ann.say(states_step(6, 2), states_body(states[6:8]))
+        for party in (ann, asker):
+            assert [(await party.hear(Consumed)).position for _ in range(2)] == [5, 8]
+        assert eve.heard_nothing
+
+        assert (await asker.opens(home.open(*MIDDLE, epoch=1))).position == 8
+        assert (home.service.session_count, home.service.standby_count) == (1, 0)
+        await ann.say(states_step(8, 1, epoch=1, sample=True, held=[8, 8, 6]), states_body(states[8:]))
+        replay, replayed = await eve.hear_step()
+        onward, last = await eve.hear_step()
+        assert [(replay.position, replay.count), (onward.position, onward.count)] == [(6, 2), (8, 1)]
+        got = torch.frombuffer(bytearray(replayed + last), dtype=torch.float32).view(-1, HIDDEN)
+        torch.testing.assert_close(got, expected_states(tuple(PROMPT), 4)[6:], rtol=1e-4, atol=1e-4)
+
+
+async def test_a_last_hop_that_stands_by_draws_nothing() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(home.open(standby=True))
+        await ann.say(*PREFILL)
+        assert (await ann.hear(Consumed)).position == len(PROMPT)
+        await nothing_came_before(ann, limited(home, epoch=1))
+        await ann.say(step(len(PROMPT) - 1, 1, epoch=1, sample=True), ids_body(PROMPT[-1:]))
+        assert await ann.hear_tokens(NEW) == expected_tokens(tuple(PROMPT), NEW)
+
+
+async def test_a_hop_sends_copies_of_what_it_passes_on_in_the_background_and_no_more_than_are_taken() -> None:
+    text = [(7 * index) % VOCABULARY for index in range(TEE_WINDOW + 200)]
+    states = expected_states(tuple(text[:CONTEXT]), 2)
+    rows = len(states) - 1
+    async with house(span(2, 4)) as home:
+        asker, ann, eve, zoe = (home.party(name) for name in ("asker", "ann", "eve", "zoe"))
+        await asker.opens(home.open(*MIDDLE, max_tokens=CONTEXT))
+        await ann.say(states_step(0, 40), states_body(states[:40]))
+        await eve.hear_step()
+        await asker.say(Tee(SESSION, 0, zoe.id, 10))
+        copy, copied = await zoe.hear_step()
+        assert (copy.position, copy.count, copy.sample) == (10, 30, False)
+        assert zoe.pipe.lanes == [Priority.BACKGROUND]
+
+        # A row is too little for a copy; sixteen are enough.
+        for position in range(40, 40 + TEE_ROWS):
+            await ann.say(states_step(position, 1, sample=True), states_body(states[position : position + 1]))
+        more, further = await zoe.hear_step()
+        assert (more.position, more.count) == (40, TEE_ROWS)
+        await ann.say(states_step(56, rows - 56), states_body(states[56:rows]))
+        got = copied + further
+        while len(got) < (rows - 10) * HIDDEN * 4:
+            await zoe.say(Consumed(SESSION, 0, 10 + len(got) // HIDDEN // 4))
+            got += (await zoe.hear_step())[1]
+        passed = torch.frombuffer(bytearray(got), dtype=torch.float32).view(-1, HIDDEN)
+        expected = expected_states(tuple(text[:CONTEXT]), 4)[10:rows]
+        torch.testing.assert_close(passed, expected, rtol=1e-3, atol=1e-3)
+
+
+async def test_a_standby_that_is_gone_is_told_and_only_the_asker_may_name_one() -> None:
+    states = expected_states(tuple(PROMPT), 2)
+    async with house(span(2, 4)) as home:
+        asker, ann, zoe = home.party("asker"), home.party("ann"), home.party("zoe")
+        await asker.opens(home.open(*MIDDLE))
+        await ann.say(states_step(0, 8), states_body(states[:8]))
+        await ann.say(Tee(SESSION, 0, zoe.id, 0))
+        await asker.say(Tee(SESSION, 7, zoe.id, 0))
+        zoe.pipe.closed.set()
+        await nothing_came_before(asker, home.open(*MIDDLE, epoch=1))
+        await ann.say(states_step(8, 1, epoch=1), states_body(states[8:]))
+        await asker.say(Tee(SESSION, 1, zoe.id, 0))
+        for position in range(9, 9 + TEE_ROWS):
+            await ann.say(states_step(position, 1, epoch=1), states_body(states[:1]))
+        assert await asker.hear(Lost) == Lost(SESSION, 1, zoe.id)
+
+
+async def test_a_standby_gives_its_memory_to_a_session_and_takes_none_from_another() -> None:
+    token = LAYERS * LAYER_BYTES
+    async with house(kv_bytes=100 * token) as home:
+        ann, bob = home.party("ann"), home.party("bob")
+        await ann.opens(home.open(standby=True, max_tokens=60))
+        assert home.service.kv_tokens_free == 100
+        await bob.say(home.open(session=OTHER, standby=True, max_tokens=60))
+        assert (await bob.hear(Decline)).code == "busy"
+
+        await bob.opens(home.open(session=OTHER, max_tokens=60))
+
+        assert await ann.hear(Lost) == Lost(SESSION, 0, home.me)
+        assert (home.service.session_count, home.service.standby_count) == (1, 0)
+        await bob.say(home.open(session="3" * 32, max_tokens=60))
+        assert (await bob.hear(Decline)).code == "busy"
+        assert home.budget.reserved_bytes == 60 * token
+        await bob.say(Close(OTHER))
+
+
+async def test_a_peer_that_leaves_stands_by_for_nobody() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(home.open(standby=True))
+        home.service.drain()
+        assert await ann.hear(Lost) == Lost(SESSION, 0, home.me)
+        await asyncio.wait_for(home.service.drained(), SOON_S)
+
+
 # ---------------------------------------------------------------- admission
 
 
@@ -386,7 +501,7 @@ async def test_a_peer_that_leaves_takes_no_new_sessions_and_finishes_those_it_ha
     async with house() as home:
         ann = home.party("ann")
         await ann.opens(limited(home))
-        home.service.draining = True
+        home.service.drain()
         drained = asyncio.create_task(home.service.drained())
         await declined(home, home.open(session=OTHER), "draining", "leaving")
 
@@ -432,7 +547,7 @@ async def test_whoever_asks_how_busy_it_is_hears_what_a_session_would_meet_and_h
         await ann.opens(home.open(session=OTHER, max_tokens=1))
         full = await load(1)
         assert (full.sessions, full.kv_tokens_free) == (2, 0) and full.retry_after_s > 0
-        home.service.draining = True
+        home.service.drain()
         await ann.say(Close(SESSION))
         assert (await load(1)).kv_tokens_free == 0, "one that leaves takes nobody"
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shared.protocol import (
     Close,
+    Consumed,
     Decline,
     Failed,
     Fetch,
@@ -25,6 +26,7 @@ from shared.protocol import (
     RouteSpan,
     Sampling,
     Step,
+    Tee,
     Tensor,
     Token,
 )
@@ -74,6 +76,7 @@ def wild_messages(
         stop_tokens=st.lists(token, max_size=2),
         history=st.lists(token, max_size=4),
         pages=pages,
+        standby=st.booleans(),
     ).map(lambda message: (message, b""))
     others = st.one_of(
         st.builds(Opened, session, epoch, position),
@@ -84,6 +87,8 @@ def wild_messages(
         st.builds(Renew, st.lists(session, max_size=3)),
         st.builds(Close, session, pages),
         st.builds(Lost, session, epoch, peer),
+        st.builds(Tee, session, epoch, peer, position),
+        st.builds(Consumed, session, epoch, position),
         st.builds(Probe, st.integers(0, 9), position),
         st.builds(
             Load,

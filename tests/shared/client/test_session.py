@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 from shared.client.session import (
     CREDIT_WINDOW,
+    WORTH_A_STANDBY,
     ClientSession,
     Drawn,
     Effect,
@@ -20,11 +21,14 @@ from shared.client.session import (
     Send,
 )
 from shared.errors import Busy, NoRoute, SessionFailed
+from shared.framing import Priority
 from shared.identity import PeerId
 from shared.protocol import (
     PREFILL_CHUNK,
     PREFILL_WINDOW,
     PREFIX_PAGE,
+    TEE_ROWS,
+    TEE_WINDOW,
     Close,
     Consumed,
     Decline,
@@ -33,9 +37,11 @@ from shared.protocol import (
     Lost,
     Open,
     Opened,
+    Renew,
     RouteSpan,
     Sampling,
     Step,
+    Tee,
     Token,
 )
 
@@ -426,3 +432,121 @@ def test_nothing_is_to_be_kept_of_a_session_that_failed() -> None:
     effects = machine.handle(Received(ANN, Failed(SESSION, 0, "out of memory")))
     closing = [send.message for send in sends(effects, Close)]
     assert [message.pages for message in closing if isinstance(message, Close)] == [[], []]
+
+
+# ---------------------------------------------------------------- standbys
+
+
+ZOE, YVES = PeerId("f" * 64), PeerId("c" * 64)
+
+
+def followed(*spares: PeerId, prompt: int = 40, tails: Sequence[PeerId] = (BOB, EVE)) -> ClientSession:
+    """A session of which the first token has come, with these peers for any layers, first come first."""
+
+    def spare(entry: RouteSpan, avoid: frozenset[PeerId]) -> PeerId | None:
+        return next((peer for peer in spares if peer not in avoid), None)
+
+    request = Request(artefact="0" * 64, prompt=range(prompt), max_new_tokens=100)
+    machine = ClientSession(SESSION, request, Plan(*tails), spare=spare)
+    machine.start()
+    open_all(machine)
+    return machine
+
+
+def opens(effects: list[Effect]) -> list[tuple[PeerId, int, int, bool]]:
+    """Who is asked, in which epoch, for which entry, and whether to stand by."""
+    messages = [(send.peer, send.message) for send in sends(effects, Open)]
+    return [(peer, each.epoch, each.index, each.standby) for peer, each in messages if isinstance(each, Open)]
+
+
+def ready(machine: ClientSession, peer: PeerId, position: int = 0) -> list[Effect]:
+    return machine.handle(Received(peer, Opened(SESSION, machine.epoch, position)))
+
+
+def test_after_the_first_token_every_hop_gets_a_standby() -> None:
+    machine = followed(ZOE, YVES)
+    effects = draw(machine, 40)
+    assert opens(effects) == [(ZOE, 0, 0, True), (YVES, 0, 1, True)]
+    routes = [send.message.route for send in sends(effects, Open) if isinstance(send.message, Open)]
+    assert routes == [
+        [RouteSpan(ZOE, 0, 4), RouteSpan(BOB, 4, 8)],
+        [RouteSpan(ANN, 0, 4), RouteSpan(YVES, 4, 8)],
+    ]
+    assert opens(draw(machine, 41)) == []
+
+
+def test_the_asker_feeds_the_first_standby_and_a_hop_feeds_the_next() -> None:
+    machine = followed(ZOE, YVES)
+    draw(machine, 40)
+    effects = ready(machine, ZOE)
+    assert [(send.peer, send.lane) for send in sends(effects, Step)] == [(ZOE, Priority.BACKGROUND)]
+    assert steps(effects) == [(0, 41, False)]
+    assert ready(machine, YVES, 12) == [Send(ANN, Tee(SESSION, 0, YVES, 12))]
+    later = [step for position in range(41, 41 + TEE_ROWS) for step in steps(draw(machine, position))]
+    assert later == [(41, TEE_ROWS, False)]
+
+
+def test_the_first_standby_is_sent_no_more_than_it_takes() -> None:
+    machine = followed(ZOE, prompt=2 * TEE_WINDOW)
+    draw(machine, 2 * TEE_WINDOW)
+    first = steps(ready(machine, ZOE))
+    assert first == [(0, PREFILL_CHUNK, False), (PREFILL_CHUNK, PREFILL_CHUNK, False)]
+    effects = machine.handle(Received(ZOE, Consumed(SESSION, 0, PREFILL_CHUNK)))
+    assert steps(effects) == [(TEE_WINDOW, PREFILL_CHUNK, False)]
+
+
+def test_a_standby_takes_the_place_of_a_lost_hop_and_tells_what_it_holds() -> None:
+    machine = followed(ZOE, YVES)
+    draw(machine, 40)
+    ready(machine, ZOE)
+    ready(machine, YVES)
+
+    effects = machine.handle(PeerLost(BOB))
+
+    [event] = [effect.event for effect in effects if isinstance(effect, Emit)]
+    route = [RouteSpan(ANN, 0, 4), RouteSpan(YVES, 4, 8)]
+    assert event == Rerouted(BOB, (4, 8), route, "lost", stood_by=True)
+    assert opens(effects) == [(ANN, 1, 0, False), (YVES, 1, 1, False)]
+    effects = open_all(machine, 41, 32)
+    assert steps(effects) == [(40, 1, True)]
+    assert held(effects) == [[40, 32]]
+    # The other one follows the new epoch once that has shown that it works.
+    assert opens(draw(machine, 41)) == [(ZOE, 1, 0, True)]
+
+
+def test_a_standby_that_has_not_answered_is_no_better_than_any_other() -> None:
+    machine = followed(ZOE, YVES)
+    draw(machine, 40)
+    machine.handle(PeerLost(BOB))
+    assert machine.peers == [ANN, EVE]
+
+
+def test_a_standby_that_is_lost_or_has_no_room_is_replaced_in_silence() -> None:
+    third = PeerId("d" * 64)
+    machine = followed(ZOE, YVES, third)
+    draw(machine, 40)
+    effects = machine.handle(Received(ZOE, Decline(SESSION, 0, "busy", "full", 2.0)))
+    assert opens(effects) == [(third, 0, 0, True)]
+    ready(machine, YVES)
+    effects = machine.handle(Received(ANN, Lost(SESSION, 0, YVES)))
+    assert [send.peer for send in sends(effects, Close)] == [YVES]
+    assert machine.standbys == []
+    assert not any(isinstance(effect, Emit) for effect in effects)
+    assert machine.epoch == 0
+
+
+def test_in_the_end_standbys_are_closed_too() -> None:
+    machine = followed(ZOE, YVES)
+    draw(machine, 40)
+    ready(machine, ZOE)
+    assert [send.peer for send in sends(machine.renew(), Renew)][:2] == [ANN, BOB]
+    assert {send.peer for send in sends(machine.renew(), Renew)} == {ANN, BOB, ZOE, YVES}
+    assert {send.peer for send in sends(machine.cancel(), Close)} == {ANN, BOB, ZOE, YVES}
+
+
+def test_for_a_few_tokens_nobody_is_asked_to_follow() -> None:
+    request = Request(artefact="0" * 64, prompt=range(3), max_new_tokens=WORTH_A_STANDBY)
+    machine = ClientSession(SESSION, request, Plan(BOB), spare=lambda entry, avoid: ZOE)
+    machine.start()
+    open_all(machine)
+    assert opens(draw(machine, 3)) == []
