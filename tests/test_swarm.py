@@ -60,6 +60,23 @@ async def emptied(swarm: Swarm) -> None:
             await peer.service.drained()
 
 
+async def test_the_next_question_of_a_chat_goes_where_its_beginning_is_kept(swarm: Swarm) -> None:
+    """Though for any other text one peer with all layers is better than three."""
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    question = PROMPT * 8
+    answered = tokens([event async for event in swarm.ask(question, new=3)])
+    await emptied(swarm)
+    await swarm.start(joe=(0, 6))
+
+    async def visited(prompt: list[int]) -> list[str]:
+        (drawn,) = [event async for event in swarm.ask(prompt, new=1)]
+        assert isinstance(drawn, Drawn)
+        return [swarm.name(hop.peer) for hop in drawn.hops]
+
+    assert await visited([*question, *answered, *PROMPT]) == ["ann", "bob", "eve"]
+    assert await visited(question[::-1]) == ["joe"]
+
+
 async def test_each_token_tells_the_hops_that_made_it(swarm: Swarm) -> None:
     await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
     answer = [event async for event in swarm.ask(PROMPT, new=5)]

@@ -77,6 +77,16 @@ class Generation:
         return self._machine.peers
 
     @property
+    def route(self) -> list[RouteSpan]:
+        """Its route, as it is now."""
+        return self._machine.route
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and what was drawn so far."""
+        return self._machine.tokens
+
+    @property
     def standbys(self) -> list[RouteSpan]:
         """Who stands by for which layers of it."""
         return self._machine.standbys

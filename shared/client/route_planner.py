@@ -80,6 +80,21 @@ def fill_route(
     return sorted(route, key=lambda span: span.start)
 
 
+def route_ms(
+    route: Sequence[RouteSpan], candidates: Sequence[Candidate], *, tokens: int, salt: str
+) -> float | None:
+    """What a token takes on a given route; None when one of its peers is gone, lacks layers or is full."""
+    pace = _typical_pace(candidates)
+    at_hand = {candidate.peer: candidate for candidate in candidates if candidate.kv_tokens_free >= tokens}
+    total = 0.0
+    for span in route:
+        candidate = at_hand.get(PeerId(span.peer))
+        if candidate is None or not candidate.span.start <= span.start < span.end <= candidate.span.end:
+            return None
+        total += _cost(candidate, span.end - span.start, pace, salt)
+    return total
+
+
 def _cheapest(candidates: Sequence[Candidate], wanted: Span, salt: str) -> list[RouteSpan] | None:
     """Dynamic programming over span edges: the best way to have computed every layer before an edge."""
     pace = _typical_pace(candidates)

@@ -18,12 +18,13 @@ from shared.channel import Channel, Dialer, Listen, PathReport, Priority
 from shared.client.directory import Directory
 from shared.client.generation import Generation
 from shared.client.page_names import PageNames
+from shared.client.prefix_routes import PrefixRoutes, worth_it
 from shared.client.probes import PROBE_S, Probes
-from shared.client.route_planner import Candidate, fill_route
+from shared.client.route_planner import Candidate, fill_route, route_ms
 from shared.client.session import Drawn, Planner, Request, Rerouted, Spare
 from shared.client.standbys import choose_standby
 from shared.client.two_choices import Choice, explain, informed, two_choices
-from shared.errors import Busy, ChannelClosed, ConnectionLost, NoRoute, ProtocolError
+from shared.errors import Busy, ChannelClosed, ConnectionLost, CorollaError, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
 from shared.protocol import (
     Announcement,
@@ -87,6 +88,7 @@ class SwarmClient:
         )
         self._probes = Probes(self._dialer.channel)
         self._pages = PageNames(secrets.token_bytes(32))
+        self._routes = PrefixRoutes()
         self._generations: dict[str, Generation] = {}
         self._fetches: dict[int, _Fetch] = {}
         self._requests = itertools.count(1)
@@ -120,11 +122,17 @@ class SwarmClient:
         spare = self._spare(request)
         generation = Generation(self._dialer, request, plan, self._pages.names, self._tasks, spare, reserved)
         self._generations[generation.session] = generation
+        failed = False
         try:
             async for event in generation.events():
                 yield event
+        except CorollaError:
+            failed = True
+            raise
         finally:
             del self._generations[generation.session]
+            if not failed:
+                self._routes.remember(self._pages.names(generation.tokens), generation.route)
 
     async def _planner(self, request: Request) -> Planner:
         """Plans routes for a session; the first of two that were compared by what their peers say now."""
@@ -138,13 +146,31 @@ class SwarmClient:
             if not survivors and not avoid:
                 compared = [candidate for candidate in candidates if candidate.peer in choice.peers]
                 with contextlib.suppress(NoRoute, Busy):
-                    return fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
+                    best = fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
+                    return self._where_it_began(request, best, candidates, tokens, salt)
             try:
                 return fill_route(survivors, candidates, layers, model=model, tokens=tokens, salt=salt)
             except Busy:
                 raise explain(candidates, self._probes.loads(), layers, model, tokens) from None
 
         return plan
+
+    def _where_it_began(
+        self,
+        request: Request,
+        best: list[RouteSpan],
+        candidates: Sequence[Candidate],
+        tokens: int,
+        salt: str,
+    ) -> list[RouteSpan]:
+        """The route whose hops hold the beginning of this text, if that is the faster one; else the best."""
+        again, positions = self._routes.find(self._pages.names(request.prompt))
+        if not again:
+            return best
+        again_ms, best_ms = (route_ms(route, candidates, tokens=tokens, salt=salt) for route in (again, best))
+        if again_ms is None or best_ms is None:
+            return best
+        return list(again) if worth_it(again_ms, best_ms, positions, request.max_new_tokens) else best
 
     def _spare(self, request: Request) -> Spare:
         """Finds standbys for a session."""
