@@ -72,7 +72,7 @@ def _pass_s(span: Span, sessions: int) -> float:
     step = inputs(1)
 
     def compute() -> None:
-        rows = [span.row(step, cache, HELD, wants_logits=False) for cache in caches]
+        rows = [span.row(step, cache, HELD, wanted=0) for cache in caches]
         outputs = span.forward_rows(rows)
         if span.device.type != "cpu" and outputs[0] is not None:
             outputs[0].float().sum().item()  # a GPU works on after the call

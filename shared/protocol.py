@@ -38,6 +38,9 @@ TEE_ROWS = 16
 """Positions of one copy for a standby, at least: it computes them in one pass, and lags behind by no more."""
 TEE_WINDOW = 2 * PREFILL_CHUNK
 """Positions that a standby may have been sent beyond those that it has told to be `Consumed`."""
+MAX_LIKELIEST = 20
+"""Tokens of which a last hop tells how likely they were, beside the one in question."""
+MAX_GRAMMAR_LENGTH = 256 * 1024
 
 PREFIX_PAGE = 64
 """Positions of one page: sessions that begin alike share what was computed for them in whole pages."""
@@ -51,6 +54,7 @@ SessionId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Layer = Annotated[int, Meta(ge=0, le=10_000)]
 Position = Annotated[int, Meta(ge=0, le=MAX_CONTEXT)]
+Logprob = Annotated[float, Meta(ge=-9999, le=0)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Milliseconds = Annotated[float, Meta(ge=0, le=1e12)]
@@ -292,8 +296,24 @@ class Tensor(Struct, frozen=True):
     shape: Annotated[list[Annotated[int, Meta(ge=0, le=1 << 31)]], Meta(max_length=3)]
 
 
+class Bias(Struct, frozen=True):
+    """A number that is added to one token's logit."""
+
+    token: TokenId
+    add: Annotated[float, Meta(ge=-100, le=100)]
+
+
+class Likelihood(Struct, frozen=True):
+    """How likely a token was after those before it, by the logits alone: a natural logarithm."""
+
+    token: TokenId
+    logprob: Logprob
+    top: Annotated[list[tuple[TokenId, Logprob]], Meta(max_length=MAX_LIKELIEST)] = []
+    """The likeliest tokens there, likeliest first."""
+
+
 class Sampling(Struct, frozen=True, kw_only=True):
-    """How a token is drawn from logits. A draw depends on (seed, position) and the logits alone."""
+    """How a token is drawn. A draw depends on the logits, (seed, position), and at most the tokens so far."""
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     """0, or so little that it makes no difference, takes the most likely token."""
@@ -305,11 +325,24 @@ class Sampling(Struct, frozen=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    logit_bias: Annotated[list[Bias], Meta(max_length=1024)] = []
+    grammar: Annotated[str, Meta(max_length=MAX_GRAMMAR_LENGTH)] = ""
+    """All that is drawn follows it, up to a stop token; in the words of llguidance. None when empty."""
+    likelihoods: Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)] | None = None
+    """Tell how likely each token was that is drawn, beside so many of the likeliest."""
+    prompt_likelihoods: bool = False
+    """Tell the same of the tokens of the prompt."""
+
+    @property
+    def needs_prompt(self) -> bool:
+        """True when the last hop must know the tokens of the prompt, which else only the first hop does."""
+        return self.repetition_penalty != 1.0 or self.prompt_likelihoods
 
     @property
     def needs_history(self) -> bool:
-        """True when the tokens so far change the draw."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        """True when the last hop must know the tokens drawn so far, also of those before it."""
+        penalizes = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return self.needs_prompt or penalizes or bool(self.grammar)
 
 
 class RouteSpan(Struct, frozen=True):
@@ -354,10 +387,14 @@ class Open(Struct, frozen=True, tag="open", kw_only=True):
     prompt_length: Position
     credit: Position
     """The ring may produce tokens up to, not including, this position without further credit."""
-    sampling: Sampling
+    sampling: Sampling = Sampling()
+    """For the last hop."""
     stop_tokens: Annotated[list[TokenId], Meta(max_length=64)] = []
     history: list[TokenId] = []
-    """For the last hop, and only when penalties need them: the tokens so far, prompt included."""
+    """For the last hop, and only when a draw needs them: the tokens drawn so far.
+
+    When the draw needs the prompt too, it stands before them.
+    """
     pages: Pages = []
     """Names of the tokens so far. A hop that is new to the session begins behind such pages of this asker."""
     standby: bool = False
@@ -428,6 +465,20 @@ class Token(Struct, frozen=True, tag="token"):
     hops: Annotated[list[Hop], Meta(max_length=512)] = []
     stop: bool = False
     """The token is one of the stop tokens: the ring ends here."""
+    likelihood: Likelihood | None = None
+    """For the asker, when it wants to know."""
+
+
+class Scored(Struct, frozen=True, tag="scored"):
+    """How likely the prompt's tokens from `position` on were, each after those before it.
+
+    From the last hop to the asker, ahead of the first token.
+    """
+
+    session: SessionId
+    epoch: Count
+    position: Position
+    likelihoods: Annotated[list[Likelihood], Meta(max_length=PREFILL_WINDOW)]
 
 
 class Grant(Struct, frozen=True, tag="grant"):
@@ -524,6 +575,7 @@ PeerMessage = (
     | Decline
     | Step
     | Consumed
+    | Scored
     | Token
     | Grant
     | Renew

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import jsonschema
 import msgspec
 import pytest
+from llguidance import LLMatcher
+from tokenizers import Tokenizer
 
 from peer.settings import DEMO_MODEL
 from shared.announcement import sign_announcement
@@ -122,6 +126,53 @@ async def test_a_seed_gives_the_same_text_on_one_peer_and_on_three(swarm: Swarm)
     together = tokens([event async for event in swarm.ask(PROMPT, new=30, sampling=sampling)])
     assert together == alone
     assert len(set(alone)) > 5
+
+
+async def test_the_last_hop_tells_how_likely_every_token_was(swarm: Swarm) -> None:
+    sampling = Sampling(temperature=0.7, seed=3, likelihoods=2, prompt_likelihoods=True)
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    prompt = PROMPT * 20
+    answer = [event async for event in swarm.ask(prompt, new=5, sampling=sampling)]
+    assert all(isinstance(drawn, Drawn) and drawn.likelihood for drawn in answer)
+    told = [*_drawn(answer[0]).prompt_likelihoods, *(_drawn(drawn).likelihood for drawn in answer)]
+
+    expected = swarm.logprobs([*prompt, *tokens(answer)])
+    assert [score.token for score in told if score] == [*prompt, *tokens(answer)][1:]
+    for place, score in enumerate(told):
+        assert score is not None
+        assert score.logprob == pytest.approx(float(expected[place, score.token]), abs=1e-3)
+        best = expected[place].topk(2)
+        assert [logprob for _, logprob in score.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+async def test_a_text_follows_its_grammar_and_a_new_last_hop_draws_what_the_lost_one_would_have() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"petals": {"type": "integer"}, "words": {"type": "string", "maxLength": 40}},
+        "required": ["petals", "words"],
+        "additionalProperties": False,
+    }
+    tokenizer = Tokenizer.from_file(str(Path(DEMO_MODEL) / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|end|>")
+    assert end is not None
+    sampling = Sampling(temperature=1.0, seed=11, grammar=LLMatcher.grammar_from_json_schema(schema))
+    async with Swarm(Path(DEMO_MODEL)) as swarm:
+        await swarm.start(ann=(0, 3), bob=(3, 6))
+        prompt = tokenizer.encode("Tell me of the petals.").ids
+        whole = tokens(
+            [event async for event in swarm.ask(prompt, new=200, sampling=sampling, stop_tokens=[end])]
+        )
+
+        answer = swarm.ask(prompt, new=200, sampling=sampling, stop_tokens=[end])
+        events = [await anext(answer) for _ in range(6)]
+        await swarm.start(eve=(3, 6))
+        await swarm.stop("bob")
+        events += [event async for event in answer]
+
+    jsonschema.validate(json.loads(tokenizer.decode(whole[:-1])), schema)
+    assert whole[-1] == end
+    assert tokens(events) == whole
+    assert any(isinstance(event, Rerouted) for event in events)
 
 
 @pytest.mark.parametrize("victim", ["ann", "bob", "eve"])
@@ -333,6 +384,11 @@ async def _hangs_up(swarm: Swarm, like: Announcement) -> AsyncGenerator[None]:
         await relay.announce(sign_announcement(identity, same))
         await swarm.until(lambda: swarm.client.directory.get(identity.id) is not None)
         yield
+
+
+def _drawn(event: Drawn | Rerouted) -> Drawn:
+    assert isinstance(event, Drawn)
+    return event
 
 
 def _hops(event: Drawn | Rerouted) -> list[Hop]:

@@ -23,6 +23,10 @@ class BadLogits(CorollaError):
     """The logits are not numbers that a token can be drawn from."""
 
 
+class BadGrammar(CorollaError):
+    """A grammar that no token can follow, or that takes more work than a peer lends to it."""
+
+
 class NoKernel(CorollaError):
     """The C kernel of block-quantized weights cannot be built or does not run on this machine."""
 

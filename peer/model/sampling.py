@@ -1,6 +1,7 @@
 """Draw a token from logits, so that a replay on another peer draws the same one.
 
-The draw depends on (seed, position) and the logits alone; the tokens so far matter only through penalties.
+The draw depends on (seed, position) and the logits alone; the tokens so far matter only through penalties and
+through a grammar, which says for each beginning what may follow.
 There is no generator whose state could be lost with a peer: the random number is a hash of seed and position.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from peer.model.errors import BadLogits
-from shared.protocol import Sampling
+from shared.protocol import Bias, Sampling
 
 WIDTHS = (256, 8192)
 """Most draws fall on the likeliest tokens: sorting 128 000 takes 15 ms or more, finding 256 takes 0.3 ms."""
@@ -24,12 +25,18 @@ LOWEST_TEMPERATURE = 1e-5
 
 
 def sample(
-    logits: torch.Tensor, sampling: Sampling, position: int, history: Sequence[int], prompt_length: int
+    logits: torch.Tensor,
+    sampling: Sampling,
+    position: int,
+    history: Sequence[int],
+    prompt_length: int,
+    allowed: torch.Tensor | None = None,
 ) -> int:
     """The token at `position`, drawn from `logits` [vocab].
 
     `history` are the tokens so far, the first `prompt_length` of them the prompt; penalties alone look at it.
-    As in transformers, penalties come first, then temperature, top-k, top-p and min-p. Raises BadLogits.
+    Only tokens of the mask `allowed` [vocab] are drawn, if there is one. As in transformers, penalties and
+    biases come first, then temperature, top-k, top-p and min-p. Raises BadLogits.
     """
     scores = logits.detach().to("cpu", torch.float64)
     highest = float(scores.max())
@@ -39,6 +46,10 @@ def sample(
         )
     if sampling.needs_history:
         scores = penalized(scores, sampling, history, prompt_length)
+    if sampling.logit_bias:
+        scores = biased(scores, sampling.logit_bias)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
     if sampling.temperature < LOWEST_TEMPERATURE:
         return int(scores.argmax())
     likelihoods = torch.softmax(scores / sampling.temperature, 0)
@@ -65,6 +76,13 @@ def penalized(
     ids, counts = torch.tensor(list(generated.items()), dtype=torch.int64).reshape(-1, 2).unbind(1)
     scores[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
     return scores
+
+
+def biased(scores: torch.Tensor, biases: Sequence[Bias]) -> torch.Tensor:
+    """Scores [vocab] with the biases added. Those of tokens that the model does not have are left aside."""
+    known = [bias for bias in biases if bias.token < scores.numel()]
+    tokens = torch.tensor([bias.token for bias in known], dtype=torch.int64)
+    return scores.index_add(0, tokens, torch.tensor([bias.add for bias in known], dtype=scores.dtype))
 
 
 def draw(likelihoods: torch.Tensor, sampling: Sampling, u: float) -> int:
@@ -103,6 +121,6 @@ def likeliest(likelihoods: torch.Tensor, width: int) -> torch.Tensor:
 def count_kept(chances: torch.Tensor, reached: torch.Tensor, sampling: Sampling) -> int:
     """How many tokens top-p and min-p keep, from falling chances and the sums they reach; at least one."""
     before = reached - chances
-    kept = (before < sampling.top_p) & (chances >= sampling.min_p * chances[0])
+    kept = (before < sampling.top_p) & (chances >= sampling.min_p * chances[0]) & (chances > 0)
     # A sum may waver in its last digit: what counts is where the filters first say no.
     return int(kept.to(torch.int8).cumprod(0).sum())

@@ -67,7 +67,8 @@ class Row:
 
     inputs: torch.Tensor
     cache: KVCache
-    wants_logits: bool = True
+    wanted: int = 1
+    """How many of the last positions' logits are wanted, where the model ends."""
 
     @property
     def count(self) -> int:
@@ -174,9 +175,10 @@ class Span:
         """
         inputs = self._checked(inputs, cache)
         self._make_room(inputs, cache, position)
-        return self._alone(inputs, cache, slice(None) if all_logits else [-1])
+        result = self._alone(inputs, cache, slice(None) if all_logits else [-1])
+        return result if all_logits or cache.end < self.layer_count else result[:, 0]
 
-    def row(self, inputs: torch.Tensor, cache: KVCache, position: int, *, wants_logits: bool = True) -> Row:
+    def row(self, inputs: torch.Tensor, cache: KVCache, position: int, *, wanted: int = 1) -> Row:
         """Check one session's inputs [1, count, ...] and truncate its cache to `position`.
 
         For `forward_rows`, which comes next. Raises BadInputs or CacheFull: one session's mistake, which must
@@ -184,14 +186,14 @@ class Span:
         """
         inputs = self._checked(inputs, cache)
         self._make_room(inputs, cache, position)
-        return Row(inputs, cache, wants_logits)
+        return Row(inputs, cache, wanted)
 
     @torch.inference_mode()
     def forward_rows(self, rows: Sequence[Row]) -> list[torch.Tensor | None]:
         """Compute rows of several sessions, all through the same layers, in one pass if the family allows it.
 
         Gives for each row hidden states [1, count, hidden]; or, where the model ends, float32 logits
-        [1, vocab] of its last position, None for a row that wants none.
+        [1, wanted, vocab] of its last positions, None for a row that wants none.
         """
         if len(rows) > 1 and self._joining is not None:
             return self._together(rows, self._joining)
@@ -209,8 +211,8 @@ class Span:
 
     def _one_row(self, row: Row) -> torch.Tensor | None:
         at_the_end = row.cache.end == self.layer_count
-        output = self._alone(row.inputs, row.cache, [-1] if row.wants_logits else [])
-        return None if at_the_end and not row.wants_logits else output
+        output = self._alone(row.inputs, row.cache, list(range(row.count - row.wanted, row.count)))
+        return None if at_the_end and not row.wanted else output
 
     def _make_room(self, inputs: torch.Tensor, cache: KVCache, position: int) -> None:
         cache.truncate(position)
@@ -224,16 +226,17 @@ class Span:
         with self._running:
             result = self._run(inputs, _visit(inputs, cache, wanted), cache)
         cache.commit(batch, count)
-        # All logits [batch, count, vocab] when they were asked for, else those of one position.
-        return result[:, 0] if cache.end == self.layer_count and wanted == [-1] else result
+        return result
 
     def _together(self, rows: Sequence[Row], joining: Joining) -> list[torch.Tensor | None]:
         inputs = torch.cat([row.inputs for row in rows], 1)
         cache, counts = rows[0].cache, [row.count for row in rows]
         if any((row.cache.start, row.cache.end) != (cache.start, cache.end) for row in rows):
             raise ValueError("rows of one pass go through the same layers")
-        ends = list(itertools.accumulate(counts))
-        wanted = [end - 1 for end, row in zip(ends, rows, strict=True) if row.wants_logits]
+        ends = itertools.accumulate(counts)
+        wanted = [
+            place for end, row in zip(ends, rows, strict=True) for place in range(end - row.wanted, end)
+        ]
         joint = joining.cache([row.cache for row in rows], counts)
         with self._running, joining.through(joint):
             result = self._run(inputs, _visit(inputs, cache, wanted), joint)
@@ -243,8 +246,10 @@ class Span:
             row.cache.commit(1, row.count)
         if cache.end < self.layer_count:
             return list(torch.split(result, counts, 1))
-        logits = iter(result.unbind(1)) if wanted else iter(())
-        return [next(logits) if row.wants_logits else None for row in rows]
+        if not wanted:
+            return [None] * len(rows)
+        shares = torch.split(result, [row.wanted for row in rows], 1)
+        return [share if row.wanted else None for share, row in zip(shares, rows, strict=True)]
 
     def _run(self, inputs: torch.Tensor, visit: Visit, cache: KVCache | JointCache | None) -> torch.Tensor:
         """Hidden states, or float32 logits [batch, wanted, vocab] where the model ends."""
@@ -423,7 +428,10 @@ class Span:
             log.debug("sessions cannot be computed together: %s", first_line(error))
             return False
         pairs = zip(outputs, expected, strict=True)
-        return all(output is not None and _close(output, one, tolerance) for output, one in pairs)
+        return all(
+            output is not None and _close(output if one.dim() == 3 else output[:, -1], one, tolerance)
+            for output, one in pairs
+        )
 
     def _trial_sessions(self) -> list[tuple[torch.Tensor, KVCache]]:
         """Two sessions that hold three and five positions, and the next two and one of each."""

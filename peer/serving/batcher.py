@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
-from peer.serving.compute import Computed, Draw, Work, compute_pass
+from peer.serving.compute import Computed, Draw, Score, Work, compute_pass
 from peer.serving.executor import Executor
 from shared.protocol import PREFILL_CHUNK, Step
 
@@ -52,7 +52,7 @@ def choose(ready: Iterable[Work], piece: int) -> list[Share]:
         if mine != layers:
             continue
         if work.left > 1 and piece:
-            count = min(piece, work.left)
+            count = min(piece, work.most)
             piece -= count
             shares.append((work, count))
         elif work.left == 1 and singles < MOST_SINGLES:
@@ -123,13 +123,14 @@ class Batcher:
         body: bytes | memoryview,
         draw: Draw | None,
         in_background: Callable[[], bool] = lambda: False,
+        score: Score | None = None,
     ) -> Computed:
         """Truncate the cache to the step's position, append its inputs, and give what comes out.
 
         While `in_background` holds, it waits until nothing else is ready. Raises BadInputs or CacheFull when
         the inputs do not fit. A cancelled call computes no further piece.
         """
-        work = Work(cache, step, body, draw, in_background)
+        work = Work(cache, step, body, draw, in_background, score)
         future: asyncio.Future[Computed] = asyncio.get_running_loop().create_future()
         self._waiting[work] = future
         self._ready.append(work)

@@ -10,11 +10,13 @@ import msgspec
 import numpy as np
 import torch
 
+from peer.model.constraint import Constraint
 from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
+from peer.model.likelihood import likelihoods
 from peer.model.sampling import sample
 from peer.model.span import Row, Span
-from shared.protocol import Sampling, Step, Tensor, WireDtype
+from shared.protocol import Likelihood, Sampling, Step, Tensor, WireDtype
 from shared.tensors import tensor_bytes
 
 _FROM_WIRE: dict[WireDtype, torch.dtype] = {
@@ -25,6 +27,9 @@ _FROM_WIRE: dict[WireDtype, torch.dtype] = {
 }
 _TO_WIRE = {dtype: name for name, dtype in _FROM_WIRE.items()}
 
+MOST_SCORED = 64
+"""Positions of a prompt that is scored, in one pass. Each needs all its logits, half a megabyte or more."""
+
 
 class Computed(msgspec.Struct, frozen=True):
     """What a step gave: hidden states for the next hop, or a token where the model ends."""
@@ -32,6 +37,10 @@ class Computed(msgspec.Struct, frozen=True):
     tensor: Tensor | None
     body: bytes
     token: int | None
+    likelihood: Likelihood | None
+    """Of the token, when the asker wants to know."""
+    scores: list[Likelihood]
+    """Of the prompt's tokens that follow the step's positions, when the asker wants to know."""
     ended: float
     """`time.perf_counter()` when the computation ended; only differences leave this machine."""
     computed_ms: float
@@ -44,6 +53,20 @@ class Draw(msgspec.Struct, frozen=True):
     sampling: Sampling
     history: Sequence[int]
     prompt_length: int
+    constraint: Constraint | None = None
+
+    def token(self, logits: torch.Tensor, position: int) -> int:
+        """The token at `position`, by logits [vocab]. Raises BadLogits or BadGrammar."""
+        generated = self.history[self.prompt_length :]
+        allowed = self.constraint.allowed(generated) if self.constraint else None
+        return sample(logits, self.sampling, position, self.history, self.prompt_length, allowed)
+
+
+class Score(msgspec.Struct, frozen=True):
+    """Tokens of the prompt, each after one of a step's positions; the asker wants to know how likely."""
+
+    tokens: Sequence[int]
+    top: int
 
 
 class Work:
@@ -56,6 +79,7 @@ class Work:
         body: bytes | memoryview,
         draw: Draw | None = None,
         in_background: Callable[[], bool] = lambda: False,
+        score: Score | None = None,
     ) -> None:
         self.cache = cache
         self.in_background = in_background
@@ -65,10 +89,13 @@ class Work:
         self._step = step
         self._body = body
         self._draw = draw
+        self._score = score
         self._done = 0
         self._inputs: torch.Tensor | None = None
         self._states: list[torch.Tensor] = []
         self._token: int | None = None
+        self._likelihood: Likelihood | None = None
+        self._scores: list[Likelihood] = []
         self._wire: tuple[Tensor | None, bytes] = (None, b"")
 
     @property
@@ -76,37 +103,53 @@ class Work:
         """Positions still to be computed; 0 when the step is over, well or badly."""
         return 0 if self.error is not None else self._step.count - self._done
 
+    @property
+    def most(self) -> int:
+        """Positions of it that a pass may compute."""
+        return self.left if self._score is None else min(self.left, MOST_SCORED)
+
     def row(self, span: Span, count: int) -> Row:
         """The next `count` positions as a row of a pass. Raises BadInputs or CacheFull."""
         if self._inputs is None:
             self._inputs = _inputs(self._step, self._body)
-        draws = self._draw is not None and count == self.left
+        last = 1 if self._draw is not None and count == self.left else 0
         return span.row(
             self._inputs[:, self._done : self._done + count],
             self.cache,
             self._step.position + self._done,
-            wants_logits=draws,
+            wanted=last if self._score is None else count,
         )
 
     def take(self, span: Span, row: Row, output: torch.Tensor | None) -> None:
         """Keep what a pass gave. After the last piece: draw the token, or write the states as on the wire.
 
-        Raises BadInputs or BadLogits.
+        Raises BadInputs, BadLogits or BadGrammar.
         """
+        before = self._done
         self._done += row.count
         if self.cache.end < span.layer_count and output is not None:
             self._states.append(output[0])
             if not self.left:
                 self._wire = _to_wire(torch.cat(self._states))
-        elif self._draw is not None and output is not None:
-            draw, position = self._draw, self._step.position + self._step.count
-            self._token = sample(output[0], draw.sampling, position, draw.history, draw.prompt_length)
+        elif output is not None:
+            if self._score is not None:
+                tokens = self._score.tokens[before : self._done]
+                self._scores += likelihoods(output[0, : len(tokens)], tokens, self._score.top)
+            if self._draw is not None and not self.left:
+                self._take_token(self._draw, output[0, -1])
+
+    def _take_token(self, draw: Draw, logits: torch.Tensor) -> None:
+        self._token = draw.token(logits, self._step.position + self._step.count)
+        if draw.sampling.likelihoods is not None:
+            (self._likelihood,) = likelihoods(logits[None], [self._token], draw.sampling.likelihoods)
 
     def result(self) -> Computed:
         """What the step gave. Raises what went wrong."""
         if self.error is not None:
             raise self.error
-        return Computed(*self._wire, self._token, self.ended, self.computed_ms)
+        return Computed(
+            *self._wire, self._token, self._likelihood, self._scores, self.ended, self.computed_ms
+        )
 
 
 def compute_pass(span: Span, shares: Sequence[tuple[Work, int]]) -> float:

@@ -17,11 +17,12 @@ from typing import Any, Protocol, assert_never
 
 import msgspec
 
+from peer.model.constraint import Constraint
 from peer.model.errors import BadInputs
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 from peer.serving.batcher import Batcher
-from peer.serving.compute import Computed, Draw, row_bytes, wire_dtype
+from peer.serving.compute import Computed, Draw, Score, row_bytes, wire_dtype
 from peer.serving.executor import Executor
 from peer.serving.input_log import InputLog
 from peer.serving.prefixes import Beginning, Prefix
@@ -36,12 +37,14 @@ from shared.protocol import (
     Failed,
     Grant,
     Hop,
+    Likelihood,
     Lost,
     Open,
     Opened,
     Path,
     PeerMessage,
     RouteSpan,
+    Scored,
     Step,
     Tee,
     Tensor,
@@ -104,6 +107,9 @@ class Surroundings(Protocol):
     def start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something beside the session; it ends with the peer at the latest."""
 
+    async def constraint(self, opened: Open) -> Constraint | None:
+        """What may be drawn here in this session; None for anything. Raises BadGrammar."""
+
     def stepped(self, layers: int, count: int, computed_ms: float) -> None:
         """A step of `count` positions through `layers` layers took this long."""
 
@@ -124,6 +130,8 @@ class HopSession:
         self._fed_by: Sequence[RouteSpan] | None = None
         """The hops before this one, when all that the cache holds came from them."""
         self._history: list[int] = []
+        """What the asker told of the tokens so far, and what was drawn here since."""
+        self._constraint: Constraint | None = None
         self._held: Arrival | None = None
         self._credit = 0
         self._prepared: Open | None = None
@@ -261,6 +269,8 @@ class HopSession:
             await self._begin(admission.beginning)
         else:
             self._prepared = opened
+        if self._constraint is None:
+            self._constraint = await self._around.constraint(opened)
         if opened.standby:
             # Whom it will speak to as a hop: the next one, or the first one that it brings tokens to.
             following = (opened.route[opened.index + 1 :] or opened.route)[0]
@@ -382,8 +392,12 @@ class HopSession:
     async def _compute(self, inputs: Inputs) -> None:
         step = inputs.step
         assert self._cache is not None
-        draw = self._draw(step) if self._next() is None and step.sample and not self.open.standby else None
-        computed = await self._around.batcher.compute(self._cache, step, inputs.body, draw, self._stands_by)
+        last = self._next() is None and not self.open.standby
+        draw = self._draw(step) if last and step.sample else None
+        score = self._score(step) if last else None
+        computed = await self._around.batcher.compute(
+            self._cache, step, inputs.body, draw, self._stands_by, score
+        )
         self._around.stepped(self.mine.end - self.mine.start, step.count, computed.computed_ms)
         if self._next() is not None:
             self._log.write(step.position, computed.body)
@@ -404,9 +418,18 @@ class HopSession:
             await self.tell(done)
 
     def _draw(self, step: Step) -> Draw:
-        position = step.position + step.count
-        del self._history[position:]
-        return Draw(self.open.sampling, self._history, self.open.prompt_length)
+        sampling = self.open.sampling
+        unknown = 0 if sampling.needs_prompt else self.open.prompt_length
+        del self._history[max(0, step.position + step.count - unknown) :]
+        return Draw(sampling, self._history, self.open.prompt_length - unknown, self._constraint)
+
+    def _score(self, step: Step) -> Score | None:
+        """The tokens of the prompt that the step's positions lead to, if the asker wants them scored."""
+        sampling, prompt = self.open.sampling, self._history
+        if not sampling.prompt_likelihoods or len(prompt) > self.open.prompt_length:
+            return None  # behind the first token nobody waits for them
+        following = prompt[step.position + 1 : step.position + 1 + step.count]
+        return Score(following, sampling.likelihoods or 0) if following else None
 
     async def _pass_on(self, inputs: Inputs, computed: Computed) -> None:
         step, following = inputs.step, self._next()
@@ -420,8 +443,10 @@ class HopSession:
             link_ms=inputs.link_ms,
         )
         if following is None:
+            if computed.scores:
+                await self.tell(Scored(step.session, step.epoch, step.position + 1, computed.scores))
             if computed.token is not None:
-                await self._close_round(step, computed.token, [*step.hops, hop])
+                await self._close_round(step, computed.token, computed.likelihood, [*step.hops, hop])
             return
         behind = await self._bring_up(following, step)
         skipped = max(0, (self._next_holds or 0) - step.position)
@@ -478,7 +503,9 @@ class HopSession:
 
     # ------------------------------------------------------------ the ring
 
-    async def _close_round(self, step: Step, token_id: int, hops: list[Hop]) -> None:
+    async def _close_round(
+        self, step: Step, token_id: int, likelihood: Likelihood | None, hops: list[Hop]
+    ) -> None:
         position = step.position + step.count
         if self.open.sampling.needs_history:
             self._history.append(token_id)
@@ -489,10 +516,12 @@ class HopSession:
             token=token_id,
             hops=hops,
             stop=token_id in self.open.stop_tokens,
+            likelihood=likelihood,
         )
         # To the first hop before the asker: the ring goes on while the asker reads.
         if not token.stop:
-            await self._send(self.open.route[0], msgspec.structs.replace(token, hops=[]), urgent=True)
+            onward = msgspec.structs.replace(token, hops=[], likelihood=None)
+            await self._send(self.open.route[0], onward, urgent=True)
         await self.tell(token)
 
     async def _advance(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, assert_never
 
 import msgspec
 
+from peer.model.constraint import Constraint, Grammars
 from peer.model.span import Span
 from peer.serving.batcher import Batcher
 from peer.serving.compute import row_bytes
@@ -42,6 +43,7 @@ from shared.protocol import (
     Probe,
     Renew,
     RouteSpan,
+    Scored,
     Step,
     Tee,
     Token,
@@ -99,6 +101,7 @@ class Service:
         self._offer = offer
         self._budget = budget
         self._dial = dial
+        self._grammars = Grammars(offer.tokenizer_files, span.vocab_size)
         self._lease_s = lease_s
         self._admitted: dict[str, _Admitted] = {}
         self._empty = asyncio.Event()
@@ -174,6 +177,12 @@ class Service:
     async def channel(self, peer: PeerId) -> Channel:
         return await self._dial(peer)
 
+    async def constraint(self, opened: Open) -> Constraint | None:
+        if not opened.sampling.grammar or opened.index != len(opened.route) - 1:
+            return None
+        grammar, stop_tokens = opened.sampling.grammar, opened.stop_tokens
+        return await asyncio.to_thread(self._grammars.constraint, grammar, stop_tokens)
+
     def stepped(self, layers: int, count: int, computed_ms: float) -> None:
         if count != 1:
             return
@@ -217,7 +226,7 @@ class Service:
                 self._reply(channel, self._load(message))
             case Fetch():
                 self._hand_out(channel, message)
-            case Opened() | Decline() | Failed() | Load() | Files():
+            case Opened() | Decline() | Scored() | Failed() | Load() | Files():
                 raise ProtocolError(f"a {type(message).__name__} is for askers, and I asked for nothing")
             case _:
                 assert_never(message)

@@ -34,6 +34,7 @@ from shared.protocol import (
     Failed,
     Grant,
     Hop,
+    Likelihood,
     Lost,
     Open,
     Opened,
@@ -41,6 +42,7 @@ from shared.protocol import (
     Renew,
     RouteSpan,
     Sampling,
+    Scored,
     Step,
     Tee,
     Tensor,
@@ -77,6 +79,9 @@ class Drawn(msgspec.Struct, frozen=True):
     token: int
     hops: Sequence[Hop]
     stop: bool
+    likelihood: Likelihood | None = None
+    prompt_likelihoods: Sequence[Likelihood] = ()
+    """With the first token, if they were asked for: of all tokens of the prompt but the first."""
 
 
 Reason = Literal["lost", "declined", "late", "leaving"]
@@ -171,6 +176,8 @@ class ClientSession:
         self._awaiting: set[PeerId] = set()
         self._held: dict[PeerId, int] = {}
         """What each hop of this epoch holds, by its own word."""
+        self._scored: dict[int, Likelihood] = {}
+        """How likely each token of the prompt was, by its position; kept until the first token is drawn."""
         self._sure = self._limit
         """Positions that every hop holds as the asker knows them, should it hold so many."""
         self._before: tuple[int, PeerId] | None = None
@@ -252,7 +259,7 @@ class ClientSession:
         self._awaiting = set(self.peers)
         self._held.clear()
         self._credit = self._next_credit()
-        pages = self._name_pages(self.tokens)
+        pages = self._pages()
         return [
             Send(peer, self._open_message(index, self.route, pages)) for index, peer in enumerate(self.peers)
         ]
@@ -261,7 +268,7 @@ class ClientSession:
         self, index: int, route: list[RouteSpan], pages: list[str], *, standby: bool = False
     ) -> Open:
         request = self._request
-        is_last = index == len(route) - 1 and not standby
+        is_last = index == len(route) - 1
         return Open(
             session=self.session,
             epoch=self.epoch,
@@ -271,12 +278,23 @@ class ClientSession:
             max_tokens=self._limit,
             prompt_length=len(request.prompt),
             credit=self._credit,
-            sampling=request.sampling,
+            sampling=request.sampling if is_last else Sampling(),
             stop_tokens=list(request.stop_tokens),
-            history=list(self.tokens) if is_last and request.sampling.needs_history else [],
+            history=self._history() if is_last and not standby else [],
             pages=pages,
             standby=standby,
         )
+
+    def _pages(self) -> list[str]:
+        """The names of the tokens so far. Pages that an earlier session computed would not be scored."""
+        return [] if self._scores_missing() else self._name_pages(self.tokens)
+
+    def _history(self) -> list[int]:
+        """What the last hop must know of the tokens so far. Nobody but the first hop needs all of them."""
+        sampling = self._request.sampling
+        if not sampling.needs_history:
+            return []
+        return self.tokens[0 if sampling.needs_prompt else len(self._request.prompt) :]
 
     def _opened(self, peer: PeerId, position: int) -> list[Effect]:
         self._awaiting.discard(peer)
@@ -291,6 +309,9 @@ class ClientSession:
         """Bring the ring to the point where it draws the next token."""
         # The last position is computed again in any case: a token comes of nothing else.
         most = min(len(self.tokens) - 1, self._sure)
+        if self._scores_missing():
+            # Each comes of the position before its token.
+            most = next(place for place in range(len(self.tokens)) if place + 1 not in self._scored)
         held = [min(self._held[peer], most) for peer in self.peers]
         self._sure = self._limit
         self._certain = most
@@ -341,6 +362,8 @@ class ClientSession:
                 return self._opened(peer, message.position)
             case Consumed(epoch=epoch) if epoch == self.epoch and peer == self.peers[0]:
                 return self._sendable(message.position)
+            case Scored(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
+                return self._take_scores(message)
             case Token(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
                 return self._drawn(message)
             case Decline(epoch=epoch) if epoch == self.epoch:
@@ -351,6 +374,31 @@ class ClientSession:
                 return self._lose(PeerId(message.peer))
             case _:
                 return []  # of an epoch that is over
+
+    def _scores_missing(self) -> bool:
+        """True while the prompt is to be scored and is not yet, not all of it."""
+        wanted = len(self._request.prompt) - 1 if self._request.sampling.prompt_likelihoods else 0
+        return len(self.tokens) == len(self._request.prompt) and len(self._scored) < wanted
+
+    def _take_scores(self, scored: Scored) -> list[Effect]:
+        if len(self.tokens) > len(self._request.prompt):
+            return []
+        for position, likelihood in enumerate(scored.likelihoods, scored.position):
+            if not 0 < position < len(self._request.prompt) or self.tokens[position] != likelihood.token:
+                return self._finish(ProtocolError("a peer scored a token that is not in the prompt"))
+            self._scored[position] = likelihood
+        return []
+
+    def _prompt_likelihoods(self) -> Sequence[Likelihood]:
+        """With the first token. Raises ProtocolError when some are missing."""
+        count = len(self._request.prompt)
+        if not self._request.sampling.prompt_likelihoods or len(self.tokens) > count:
+            return ()
+        if len(self._scored) != count - 1:
+            raise ProtocolError(f"a peer scored {len(self._scored)} tokens of the prompt, not {count - 1}")
+        scored = [self._scored[position] for position in range(1, count)]
+        self._scored.clear()
+        return scored
 
     def _drawn(self, token: Token) -> list[Effect]:
         settled = self._settle()
@@ -373,8 +421,14 @@ class ClientSession:
         return self._take(token)
 
     def _take(self, token: Token) -> list[Effect]:
+        try:
+            prompt = self._prompt_likelihoods()
+        except ProtocolError as error:
+            return self._finish(error)
         self.tokens.append(token.token)
-        drawn: list[Effect] = [Emit(Drawn(token.position, token.token, token.hops, token.stop))]
+        drawn: list[Effect] = [
+            Emit(Drawn(token.position, token.token, token.hops, token.stop, token.likelihood, prompt))
+        ]
         if token.stop or len(self.tokens) >= self._limit:
             return drawn + self._finish(None)
         return drawn + self._grant() + self._keep_standbys()

@@ -39,6 +39,7 @@ from shared.protocol import (
     Path,
     PeerMessage,
     RouteSpan,
+    Scored,
     Step,
     Token,
 )
@@ -271,7 +272,7 @@ class SwarmClient:
 
     async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
         match message:
-            case Opened() | Decline() | Consumed() | Token() | Failed() | Lost():
+            case Opened() | Decline() | Consumed() | Scored() | Token() | Failed() | Lost():
                 if generation := self._generations.get(message.session):
                     await generation.received(channel, message)
             case Load():

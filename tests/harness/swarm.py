@@ -160,6 +160,13 @@ class Swarm:
         """What transformers' own greedy generation gives on the unsplit model."""
         return reference(self.model, prompt, new)
 
+    def logprobs(self, text: Sequence[int]) -> torch.Tensor:
+        """How likely the unsplit model finds each token after each beginning of a text, [count, vocab]."""
+        whole: Any = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        with torch.inference_mode():
+            logits = whole.eval()(input_ids=torch.tensor([list(text)])).logits[0]
+        return torch.log_softmax(logits, 1)
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the directory shows."""
         await until(self.client.directory, condition, READY_S)

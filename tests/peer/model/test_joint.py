@@ -65,7 +65,7 @@ def together(
             if state is not None
         ]
         states = span.forward_rows(rows)
-    return states
+    return [state if state is None else state[:, -1] for state in states]
 
 
 def test_it_is_found_out_which_families_can_be_joined(family: str, model: Tiny) -> None:
@@ -111,17 +111,17 @@ def llama() -> Span:
     return Span.load(tiny("llama").checkpoint, 0, LAYERS)
 
 
-def test_a_row_that_wants_no_logits_gets_none_and_is_kept_all_the_same(llama: Span) -> None:
+def test_a_row_gets_the_logits_it_wants_and_is_kept_all_the_same(llama: Span) -> None:
     text = random_tokens(1, 10)
     caches = [llama.new_cache(0, LAYERS, CAPACITY) for _ in range(2)]
     rows = [
-        llama.row(text[:, :9], cache, 0, wants_logits=wants)
-        for cache, wants in zip(caches, (False, True), strict=True)
+        llama.row(text[:, :9], cache, 0, wanted=wanted) for cache, wanted in zip(caches, (0, 3), strict=True)
     ]
 
     without, with_logits = llama.forward_rows(rows)
-    assert without is None and with_logits is not None and with_logits.shape == (1, VOCAB)
-    assert llama.forward_rows([llama.row(text[:, :1], caches[1], 9, wants_logits=False)]) == [None]
+    assert without is None and with_logits is not None
+    close(with_logits, tiny("llama").expected(text[:, :9])[:, -3:])
+    assert llama.forward_rows([llama.row(text[:, :1], caches[1], 9, wanted=0)]) == [None]
 
     close(llama.forward(text[:, 9:], caches[0], 9), tiny("llama").expected(text)[:, -1])
 

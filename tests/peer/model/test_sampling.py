@@ -16,7 +16,7 @@ from transformers.generation import logits_process
 
 from peer.model.errors import BadLogits
 from peer.model.sampling import WIDTHS, draw, penalized, sample, uniform
-from shared.protocol import Sampling
+from shared.protocol import Bias, Sampling
 
 VOCAB = 400
 """More than the first width that a draw looks at."""
@@ -205,3 +205,22 @@ def test_a_temperature_of_almost_nothing_takes_the_likeliest_token(temperature: 
     logits = random_logits(3)
 
     assert sample(logits, Sampling(temperature=temperature, seed=1), 5, [], 0) == int(logits.argmax())
+
+
+# ---------------------------------------------------------------- biases and masks
+
+
+def test_a_bias_is_added_to_its_token_alone() -> None:
+    logits = random_logits(3)
+    best, second = logits.sort(descending=True).indices[:2].tolist()
+    assert sample(logits, Sampling(logit_bias=[Bias(second, 100)]), 0, [], 0) == second
+    assert sample(logits, Sampling(logit_bias=[Bias(best, -100)]), 0, [], 0) == second
+    assert sample(logits, Sampling(logit_bias=[Bias(VOCAB + 5, 100)]), 0, [], 0) == best
+
+
+@settings(deadline=None)
+@given(LOGITS, SAMPLINGS, st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=5))
+def test_only_what_is_allowed_is_drawn(logits: torch.Tensor, sampling: Sampling, allowed: set[int]) -> None:
+    mask = torch.zeros(VOCAB, dtype=torch.bool)
+    mask[list(allowed)] = True
+    assert sample(logits, sampling, 5, [], 0, mask) in allowed

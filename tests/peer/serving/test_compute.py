@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from peer.model.errors import BadInputs, CacheFull
-from peer.serving.compute import Draw, row_bytes, wire_dtype
+from peer.serving.batcher import choose
+from peer.serving.compute import MOST_SCORED, Draw, Score, Work, compute_pass, row_bytes, wire_dtype
 from shared.errors import CorollaError
 from shared.protocol import MAX_CONTEXT, Sampling, Step, Tensor, WireDtype
 from shared.tensors import ITEM_BYTES
@@ -29,6 +30,7 @@ from tests.peer.serving.parties import (
     states_body,
     states_step,
     step,
+    whole_model,
 )
 
 GREEDY = Draw(Sampling(), [], len(PROMPT))
@@ -74,6 +76,41 @@ def test_a_last_hop_that_is_not_asked_to_draw_draws_nothing() -> None:
     whole = span()
     computed = compute(whole, whole.new_cache(0, LAYERS, 40), step(0, 3), ids_body([1, 2, 3]), None)
     assert (computed.token, computed.tensor, computed.body) == (None, None, b"")
+
+
+def test_the_prompt_is_scored_as_the_whole_model_would_score_it() -> None:
+    whole = span()
+    with torch.inference_mode():
+        logits = whole_model()(input_ids=torch.tensor([PROMPT])).logits[0]
+    expected = torch.log_softmax(logits, 1)
+    following = PROMPT[1:]
+    work = Work(
+        whole.new_cache(0, LAYERS, 40),
+        step(0, len(PROMPT)),
+        ids_body(PROMPT),
+        GREEDY,
+        score=Score(following, 2),
+    )
+
+    compute_pass(whole, [(work, 3)])
+    compute_pass(whole, [(work, work.left)])
+    computed = work.result()
+
+    assert [score.token for score in computed.scores] == following
+    for place, score in enumerate(computed.scores):
+        assert score.logprob == pytest.approx(float(expected[place, score.token]), abs=1e-4)
+        assert [token for token, _ in score.top] == expected[place].topk(2).indices.tolist()
+    assert [computed.token] == expected_tokens(tuple(PROMPT), 1)
+    assert computed.likelihood is None
+
+
+def test_a_prompt_that_is_scored_is_computed_in_small_pieces() -> None:
+    whole = span()
+    long = PROMPT * 30
+    work = Work(
+        whole.new_cache(0, LAYERS, 400), step(0, len(long)), ids_body(long), None, score=Score(long[1:], 0)
+    )
+    assert choose([work], 4 * MOST_SCORED) == [(work, MOST_SCORED)]
 
 
 def test_hidden_states_travel_as_they_are_computed() -> None:

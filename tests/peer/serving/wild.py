@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from shared.protocol import (
+    Bias,
     Close,
     Consumed,
     Decline,
@@ -17,6 +18,7 @@ from shared.protocol import (
     Files,
     Grant,
     Hop,
+    Likelihood,
     Load,
     Lost,
     Open,
@@ -25,6 +27,7 @@ from shared.protocol import (
     Renew,
     RouteSpan,
     Sampling,
+    Scored,
     Step,
     Tee,
     Tensor,
@@ -55,6 +58,10 @@ def wild_messages(
         top_p=st.floats(0.001, 1),
         seed=st.integers(-(1 << 63), (1 << 63) - 1),
         repetition_penalty=st.floats(0.01, 100),
+        logit_bias=st.lists(st.builds(Bias, token, st.floats(-100, 100)), max_size=2),
+        grammar=st.sampled_from(["", "", "start: /a+/", "start: nothing"]),
+        likelihoods=st.none() | st.integers(0, 20),
+        prompt_likelihoods=st.booleans(),
     )
     here = st.just(RouteSpan(peers[0], 0, LAYERS))
     anywhere = st.builds(RouteSpan, peer, layer, layer)
@@ -83,6 +90,7 @@ def wild_messages(
         st.builds(Decline, session, epoch, st.just("busy"), st.just("no")),
         st.builds(Failed, session, epoch, st.just("no")),
         st.builds(Token, session, epoch, position, token, hops, st.booleans()),
+        st.builds(Scored, session, epoch, position, st.just([Likelihood(1, -0.5)])),
         st.builds(Grant, session, epoch, position),
         st.builds(Renew, st.lists(session, max_size=3)),
         st.builds(Close, session, pages),

@@ -20,7 +20,7 @@ from shared.client.session import (
     Rerouted,
     Send,
 )
-from shared.errors import Busy, NoRoute, SessionFailed
+from shared.errors import Busy, NoRoute, ProtocolError, SessionFailed
 from shared.framing import Priority
 from shared.identity import PeerId
 from shared.protocol import (
@@ -34,12 +34,14 @@ from shared.protocol import (
     Decline,
     Failed,
     Grant,
+    Likelihood,
     Lost,
     Open,
     Opened,
     Renew,
     RouteSpan,
     Sampling,
+    Scored,
     Step,
     Tee,
     Token,
@@ -550,3 +552,89 @@ def test_for_a_few_tokens_nobody_is_asked_to_follow() -> None:
     machine.start()
     open_all(machine)
     assert opens(draw(machine, 3)) == []
+
+
+# ---------------------------------------------------------------- what the last hop must know
+
+
+def asking(plan: Plan, sampling: Sampling) -> ClientSession:
+    request = Request(artefact="0" * 64, prompt=range(3), max_new_tokens=10, sampling=sampling)
+    return ClientSession(SESSION, request, plan, lambda tokens: ["f" * 32])
+
+
+def opened(effects: list[Effect]) -> list[Open]:
+    return [send.message for send in sends(effects, Open) if isinstance(send.message, Open)]
+
+
+def test_only_the_last_hop_learns_how_tokens_are_drawn() -> None:
+    sampling = Sampling(temperature=0.5, grammar="start: /[ab]+/")
+    first, last = opened(asking(Plan(BOB), sampling).start())
+    assert (first.sampling, last.sampling) == (Sampling(), sampling)
+
+
+def test_a_last_hop_that_takes_over_learns_what_was_drawn_and_the_prompt_only_if_it_must() -> None:
+    for sampling, expected in (
+        (Sampling(), []),
+        (Sampling(grammar="start: /[ab]+/"), [7]),
+        (Sampling(presence_penalty=1.0), [7]),
+        (Sampling(repetition_penalty=1.5), [0, 1, 2, 7]),
+    ):
+        machine = asking(Plan(BOB, EVE), sampling)
+        machine.start()
+        open_all(machine)
+        draw(machine, 3)
+        first, last = opened(machine.handle(PeerLost(BOB)))
+        assert (first.history, last.history) == ([], expected)
+
+
+SCORING = Sampling(likelihoods=1, prompt_likelihoods=True)
+SCORES = [Likelihood(1, -0.5), Likelihood(2, -1.5)]
+
+
+def test_how_likely_the_prompt_was_comes_with_the_first_token() -> None:
+    machine = asking(Plan(BOB), SCORING)
+    assert [each.pages for each in opened(machine.start())] == [[], []]
+    open_all(machine)
+    for position, score in enumerate(SCORES, 1):
+        assert machine.handle(Received(BOB, Scored(SESSION, 0, position, [score]))) == []
+    likely = Likelihood(7, -0.1)
+    drawn = machine.handle(Received(BOB, Token(SESSION, 0, 3, 7, likelihood=likely)))
+    assert drawn[0] == Emit(Drawn(3, 7, [], False, likely, SCORES))
+    assert draw(machine, 4)[0] == Emit(Drawn(4, 7, [], False))
+
+
+def test_scores_of_a_route_that_was_lost_are_told_once() -> None:
+    machine = asking(Plan(BOB, EVE), SCORING)
+    machine.start()
+    open_all(machine)
+    machine.handle(Received(BOB, Scored(SESSION, 0, 1, SCORES[:1])))
+    machine.handle(PeerLost(BOB))
+    open_all(machine)
+    machine.handle(Received(BOB, Scored(SESSION, 0, 2, SCORES[1:])))
+    machine.handle(Received(EVE, Scored(SESSION, 1, 1, SCORES)))
+    assert Emit(Drawn(3, 7, [], False, None, SCORES)) in draw(machine, 3)
+
+
+def test_what_was_computed_but_never_scored_is_computed_again() -> None:
+    machine = asking(Plan(BOB, BOB), SCORING)
+    machine.start()
+    open_all(machine)
+    machine.handle(Received(BOB, Scored(SESSION, 0, 1, SCORES[:1])))
+    machine.handle(PeerLost(ANN))
+    effects = open_all(machine, 2, 2)
+    assert steps(effects) == [(1, 2, True)]
+
+
+def test_scores_that_are_missing_or_of_other_tokens_end_the_session() -> None:
+    for scored in (
+        Scored(SESSION, 0, 1, SCORES[:1]),
+        Scored(SESSION, 0, 0, SCORES),
+        Scored(SESSION, 0, 2, SCORES),
+        Scored(SESSION, 0, 1, [Likelihood(9, -0.5)]),
+    ):
+        machine = asking(Plan(BOB), SCORING)
+        machine.start()
+        open_all(machine)
+        effects = machine.handle(Received(BOB, scored)) or draw(machine, 3)
+        finish = effects[-1]
+        assert isinstance(finish, Finish) and isinstance(finish.error, ProtocolError)
