@@ -11,9 +11,9 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from types import TracebackType
-from typing import Generic, Self, TypeVar, TypeVarTuple, assert_never
+from typing import Any, Generic, Self, TypeVar, TypeVarTuple, assert_never
 
 import aiohttp
 from msgspec import Struct
@@ -462,8 +462,8 @@ class _LookupState(Struct):
 class _Link:
     """The sending half of one connection: a short queue with one writer.
 
-    One task writes, because aiohttp lets all senders wait on one future, which any cancelled sender would
-    cancel for the others.
+    One task waits, because aiohttp lets all senders wait on one future, which any cancelled sender would
+    cancel for the others. What finds nothing in its way is written at once, without a turn of the event loop.
     """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse, url: str) -> None:
@@ -471,6 +471,10 @@ class _Link:
         self._url = url
         self._queue: deque[tuple[aiohttp.WSMsgType, bytes]] = deque()
         self._queued_bytes = 0
+        self._begun: _Begun | None = None
+        """A frame whose writing began at once and then had to wait."""
+        self._waiting = False
+        """Whether the writer has nothing to do, so that a frame may go past it."""
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -496,13 +500,16 @@ class _Link:
         """Write what is queued until cancelled, or until the connection ends."""
         try:
             while True:
+                if self._begun is not None:
+                    begun, self._begun = self._begun, None
+                    await begun
+                    self._written(begun.size)
                 while self._queue:
                     kind, data = self._queue.popleft()
                     await self._socket.send_frame(data, kind)
-                    self._queued_bytes -= len(data)
-                    if self._queued_bytes < OUTGOING_BYTES:
-                        self._drained.set()
+                    self._written(len(data))
                 self._filled.clear()
+                self._waiting = True
                 await self._filled.wait()
         except (aiohttp.ClientError, OSError):
             # The reading half meets the same end and tells it.
@@ -515,10 +522,47 @@ class _Link:
         if self._closed:
             raise ConnectionLost(f"the connection to the relay at {self._url} ended")
 
+    def _written(self, size: int) -> None:
+        self._queued_bytes -= size
+        if self._queued_bytes < OUTGOING_BYTES:
+            self._drained.set()
+
     def _put(self, kind: aiohttp.WSMsgType, data: bytes) -> None:
-        self._queue.append((kind, data))
+        if self._waiting and not self._closed:
+            self._write_at_once(kind, data)
+        else:
+            self._queue.append((kind, data))
+            self._queued_bytes += len(data)
+            self._filled.set()
+
+    def _write_at_once(self, kind: aiohttp.WSMsgType, data: bytes) -> None:
+        """Give the connection a frame; when it must wait, the writer waits with it."""
+        writing = self._socket.send_frame(data, kind)
+        try:
+            waits_for = writing.send(None)
+        except StopIteration:
+            return
+        except (aiohttp.ClientError, OSError):
+            # The reading half meets the same end and tells it.
+            self.close()
+            return
+        self._begun = _Begun(writing, waits_for, len(data))
         self._queued_bytes += len(data)
+        self._waiting = False
         self._filled.set()
+
+
+class _Begun:
+    """The rest of a coroutine that was stepped once, for a task to await."""
+
+    def __init__(self, writing: Coroutine[Any, Any, None], waits_for: object, size: int) -> None:
+        self._writing = writing
+        self._waits_for = waits_for
+        self.size = size
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield self._waits_for
+        yield from self._writing.__await__()
 
 
 def retry_delay(failures: int, retry_after_s: float, chance: float) -> float:

@@ -3,7 +3,7 @@
 Offer and answer each hold an ephemeral X25519 key (RFC 7748), signed by the sender's identity for this
 receiver and this channel. The keys of the seal come from the agreed secret and a hash over both texts (HKDF,
 RFC 5869), so whoever changes a letter on the way ends up with other keys. Each direction has its own
-ChaCha20-Poly1305 key (RFC 8439). The ephemeral keys are forgotten with the channel: a stolen identity opens
+AES-256-GCM key (NIST SP 800-38D). The ephemeral keys are forgotten with the channel: a stolen identity opens
 no recorded traffic. Sockets that the two open beside the relay have keys of their own, from the same secret.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -189,7 +189,7 @@ class Seal:
     """Seals what this side sends, numbering it upwards. The number is the nonce and is never used twice."""
 
     def __init__(self, key: bytes, tag: bytes) -> None:
-        self._cipher = ChaCha20Poly1305(key)
+        self._cipher = AESGCM(key)
         self._tag = tag
         self._count = 0
 
@@ -204,7 +204,7 @@ class Opener:
     """Opens what the other side sealed. Whatever was altered, repeated or overtaken is not opened."""
 
     def __init__(self, key: bytes, tag: bytes) -> None:
-        self._cipher = ChaCha20Poly1305(key)
+        self._cipher = AESGCM(key)
         self._tag = tag
         self._count = 0
         self.opened = 0

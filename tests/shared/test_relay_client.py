@@ -190,6 +190,33 @@ async def test_a_sender_that_gives_up_does_not_disturb_the_others(relay: Relay) 
         assert [payload[0] for _, payload in arrived] == sent
 
 
+async def test_a_relay_that_reads_late_gets_every_frame_once_and_in_order() -> None:
+    reads = asyncio.Event()
+    came: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def scene(socket: web.WebSocketResponse) -> None:
+        await reads.wait()
+        async for received in socket:
+            came.put_nowait(received.data[-4:])
+
+    async with pretended(scene) as url, RelayClient(url, Identity.generate()) as client:
+        other = Identity.generate().id
+        sent = [number.to_bytes(4, "big") for number in range(2000)]
+
+        async def send() -> None:
+            for number in sent:
+                await client.send_frame(other, bytes(16 * 1024), number)
+
+        sending = asyncio.create_task(send())
+        # The connection is full when nothing moves any more; only then the rest is read.
+        assert client._link is not None
+        await until(lambda: client._link is not None and client._link._begun is not None or sending.done())
+        reads.set()
+        async with asyncio.timeout(20):
+            await sending
+            assert [await came.get() for _ in sent] == sent
+
+
 async def test_sending_waits_for_a_relay_that_does_not_read() -> None:
     asleep = asyncio.Event()
 
