@@ -208,9 +208,10 @@ async def test_a_relay_that_reads_late_gets_every_frame_once_and_in_order() -> N
                 await client.send_frame(other, bytes(16 * 1024), number)
 
         sending = asyncio.create_task(send())
-        # The connection is full when nothing moves any more; only then the rest is read.
-        assert client._link is not None
-        await until(lambda: client._link is not None and client._link._begun is not None or sending.done())
+        link = client._link
+        assert link is not None
+        # Full: a frame whose writing began waits, and others wait behind it.
+        await until(lambda: link._queued_bytes >= shared.relay_client.OUTGOING_BYTES)
         reads.set()
         async with asyncio.timeout(20):
             await sending
