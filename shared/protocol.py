@@ -50,6 +50,8 @@ Hex = Annotated[str, Meta(pattern="^[0-9a-f]*$", max_length=256)]
 Name = Annotated[str, Meta(max_length=64)]
 ModelName = Annotated[str, Meta(min_length=1, max_length=200)]
 Text = Annotated[str, Meta(max_length=1000)]
+AdapterId = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+"""A hash over the numbers of an adapter; empty for none."""
 SessionId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
 Count = Annotated[int, Meta(ge=0, le=1 << 53)]
 Layer = Annotated[int, Meta(ge=0, le=10_000)]
@@ -77,6 +79,13 @@ class SignedRecord(Struct, frozen=True, gc=False):
 
     body: Annotated[str, Meta(max_length=8192)]
     signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+
+
+class HostedAdapter(Struct, frozen=True, gc=False):
+    """An adapter that a peer holds for everyone."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$")]
+    id: Id
 
 
 class Announcement(Struct, frozen=True, kw_only=True, gc=False):
@@ -111,6 +120,8 @@ class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     wait_ms: Milliseconds = 0.0
     """What a step of one position waits there before it is computed, measured over the last ones."""
     relays: Annotated[list[Annotated[str, Meta(max_length=200)]], Meta(max_length=4)] = []
+    adapters: Annotated[list[HostedAdapter], Meta(max_length=8)] = []
+    """LoRA that it applies for whoever asks for it."""
 
 
 class Greeting(Struct, frozen=True, kw_only=True):
@@ -400,6 +411,8 @@ class Open(Struct, frozen=True, tag="open", kw_only=True):
     standby: bool = False
     """The receiver stands by for its entry: it follows by copies when it has time, passes nothing on, draws
     nothing, and gives its memory to any session that wants it. A higher epoch without this makes it a hop."""
+    adapter: AdapterId = ""
+    """A hosted adapter that changes the layers for this session."""
 
 
 class Opened(Struct, frozen=True, tag="opened"):
@@ -569,6 +582,87 @@ class Files(Struct, frozen=True, tag="files"):
     sizes: Annotated[list[Count], Meta(max_length=16)]
 
 
+class Part(Struct, frozen=True):
+    """One of several tensors of a message; their numbers follow one another in the body."""
+
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9_.]{1,200}$")]
+    tensor: Tensor
+
+
+Parts = Annotated[list[Part], Meta(max_length=8192)]
+
+
+class Forward(Struct, frozen=True, tag="forward", kw_only=True):
+    """Compute layers [start, end) for the hidden states of a batch, and give what comes out.
+
+    Without `session` nothing is kept of it. With one, keys and values are: the peer truncates them to
+    `position`, puts the rows of the batch in the `order` that came, if any, then appends.
+    """
+
+    request: Count
+    artefact: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    start: Layer
+    end: Layer
+    parts: Parts
+    """`hidden` [batch, count, width]; if needed `mask` [batch, positions so far], `positions` [batch, count],
+    `order` [batch], and `prompt.N` [length, width], which is added at the entry of layer N."""
+    adapter: AdapterId = ""
+    """LoRA to apply: one that the peer announces, or that the asker lent to it."""
+    each: bool = False
+    """Give the hidden states behind each of the layers, not only those behind the last."""
+    session: Annotated[str, Meta(pattern="^([0-9a-f]{32})?$")] = ""
+    position: Position = 0
+    room: Position = 0
+    """The most positions that the session will ever hold."""
+
+
+class Backward(Struct, frozen=True, tag="backward", kw_only=True):
+    """Compute layers [start, end) anew, and give the gradients of what went in.
+
+    Any peer with the layers and the adapter can do it: nothing of the forward pass is needed but its inputs.
+    """
+
+    request: Count
+    artefact: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    start: Layer
+    end: Layer
+    parts: Parts
+    """As in `Forward`, and `gradient` of what came out [batch, count, width]."""
+    adapter: AdapterId = ""
+    learns: bool = False
+    """The gradients of the adapter are wanted too."""
+
+
+class Lend(Struct, frozen=True, tag="lend"):
+    """Here is an adapter, for the requests of mine that name it. It is kept while they come, no longer."""
+
+    request: Count
+    adapter: Id
+    parts: Parts
+    """`PATH.A` [rank, inputs] and `PATH.B` [outputs, rank] for each matrix of a layer that it changes."""
+
+
+class Outputs(Struct, frozen=True, tag="outputs"):
+    """Answers `Forward`, `Backward` and `Lend`: what came out, as parts with the names of what went in.
+
+    Behind each layer, the parts are named `hidden.N`. Gradients of an adapter are named as its matrices.
+    """
+
+    request: Count
+    parts: Parts
+    computed_ms: Milliseconds = 0.0
+
+
+class Refusal(Struct, frozen=True, tag="refusal"):
+    """The peer does not do what was asked. `invalid` would be so everywhere, the rest is so only here."""
+
+    request: Count
+    code: Literal["busy", "lost", "adapter", "artefact", "layers", "draining", "invalid"]
+    """`lost`: the session is not known up to that position. `adapter`: lend it first."""
+    message: Text
+    retry_after_s: Seconds = 0.0
+
+
 PeerMessage = (
     Open
     | Opened
@@ -587,6 +681,11 @@ PeerMessage = (
     | Load
     | Fetch
     | Files
+    | Forward
+    | Backward
+    | Lend
+    | Outputs
+    | Refusal
 )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from shared.errors import ProtocolError
-from shared.protocol import MAX_BODY_BYTES, Tensor
+from shared.protocol import MAX_BODY_BYTES, Part, Tensor
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
@@ -22,3 +23,19 @@ def check_tensor(tensor: Tensor, body: bytes | bytearray | memoryview) -> None:
         raise ProtocolError(
             f"a {tensor.dtype} tensor of shape {tensor.shape} takes {expected} bytes, but {len(body)} came"
         )
+
+
+def split_parts(parts: Sequence[Part], body: bytes | memoryview) -> dict[str, tuple[Tensor, memoryview]]:
+    """Each part's tensor and its bytes. Raises ProtocolError unless the body holds exactly these."""
+    expected = sum(tensor_bytes(part.tensor) for part in parts)
+    if expected > MAX_BODY_BYTES or len(body) != expected:
+        raise ProtocolError(f"{len(parts)} tensors take {expected} bytes, but {len(body)} came")
+    found: dict[str, tuple[Tensor, memoryview]] = {}
+    view, start = memoryview(body), 0
+    for part in parts:
+        end = start + tensor_bytes(part.tensor)
+        if part.name in found:
+            raise ProtocolError(f"two tensors are named {part.name}")
+        found[part.name] = part.tensor, view[start:end]
+        start = end
+    return found

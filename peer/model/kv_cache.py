@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from peer.model.errors import BadInputs, CacheFull
+from peer.model.extras import Adapter
 
 GROWTH = 256
 """Positions by which the buffers grow, or an eighth of what is there if that is more. Each growth copies what
@@ -46,6 +47,11 @@ class Buffer:
         """Positions [first, end), without a copy."""
         assert self._tensor is not None
         return self._tensor[:, :, first:end]
+
+    def pick(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch, in this order; one may be kept more than once."""
+        if self._tensor is not None:
+            self._tensor = self._tensor.index_select(0, rows.to(self._tensor.device))
 
     def fit(self, capacity: int) -> None:
         """Give back what is allocated beyond `capacity` positions."""
@@ -86,6 +92,10 @@ class Int8Buffer(Buffer):
 
     def read(self, first: int, end: int) -> torch.Tensor:
         return (self._numbers.read(first, end) * self._scales.read(first, end)).to(self._dtype)
+
+    def pick(self, rows: torch.Tensor) -> None:
+        self._numbers.pick(rows)
+        self._scales.pick(rows)
 
     def fit(self, capacity: int) -> None:
         self._numbers.fit(capacity)
@@ -143,6 +153,8 @@ class KVCache(Cache):
         self.end = end
         self.capacity = capacity
         self.length = 0
+        self.adapter: Adapter | None = None
+        """What changes the layers for this session."""
         self._batch: int | None = None
         self.windows = windows
         self._buffer = buffer
@@ -158,6 +170,11 @@ class KVCache(Cache):
     def bytes_of(self, layer: int) -> int:
         """Memory allocated so far for one layer, counted from 0 in the whole model."""
         return self._kept[layer].bytes
+
+    @property
+    def batch(self) -> int | None:
+        """Rows that it holds; None until the first came."""
+        return self._batch
 
     def positions(self, count: int) -> torch.Tensor:
         """The next `count` positions, [count]."""
@@ -182,12 +199,19 @@ class KVCache(Cache):
     def copy(self, length: int, capacity: int) -> KVCache:
         """Another cache with the first `length` positions, in memory of its own."""
         copied = KVCache(self.start, self.end, capacity, self.windows, buffer=self._buffer)
-        copied.length, copied._batch = length, self._batch
+        copied.length, copied._batch, copied.adapter = length, self._batch, self.adapter
         copied._kept = {
             layer: LayerCache(kept.keys.copy(length), kept.values.copy(length), length)
             for layer, kept in self._kept.items()
         }
         return copied
+
+    def pick(self, rows: torch.Tensor) -> None:
+        """Keep these rows of the batch, in this order; one may be kept more than once."""
+        for kept in self._kept.values():
+            kept.keys.pick(rows)
+            kept.values.pick(rows)
+        self._batch = len(rows)
 
     def check_room(self, batch: int, count: int) -> None:
         """Raise when `count` more positions of `batch` sequences do not fit."""

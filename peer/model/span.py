@@ -33,11 +33,13 @@ from peer.model.anatomy import (
     Reached,
     find_layers,
     replace_hidden_states,
+    split_arguments,
     stand_in,
     survey,
 )
 from peer.model.checkpoint import Checkpoint
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
+from peer.model.extras import NOTHING, Adapter, Extras, matrix_shape
 from peer.model.joint import Joining, JointCache, may_join
 from peer.model.kv_cache import Buffer, Int8Buffer, KVCache
 from peer.model.packing import Packer
@@ -59,6 +61,11 @@ class Visit:
     """The positions whose logits are wanted, as an index of [count]."""
     narrowed: bool = False
     """The head computed only those."""
+    extras: Extras = NOTHING
+    position: int = 0
+    """Of the first of the hidden states, in their text."""
+    behind: list[torch.Tensor] | None = None
+    """If given: what comes out of each layer goes here, and the model's ends are not reached."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,11 @@ class Span:
         """Bytes of tensors that loading this span read."""
         self._model = model
         self._visit = Visit()
-        self._running = threading.Lock()
+        self._running = threading.RLock()
+        self._matrices: dict[str, tuple[int, int]] = {}
+        """Inputs and outputs of what an adapter may change."""
+        self._adaptable: set[str] = set()
+        """Modules that have asked the adapter of a pass before."""
         self._windows = family.attention_windows(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._token_bytes: list[int] = []
@@ -209,6 +220,60 @@ class Span:
         with self._running, torch.enable_grad():
             return self._run(hidden_states, Visit(start, end, hidden_states), None)
 
+    def states(
+        self,
+        hidden_states: torch.Tensor,
+        start: int,
+        end: int,
+        extras: Extras = NOTHING,
+        cache: KVCache | None = None,
+    ) -> list[torch.Tensor]:
+        """The hidden states behind each of the layers [start, end), also where the model ends.
+
+        With a cache, whose layers these are, they are appended to it. Without, and where gradients are
+        enabled, they flow back to whatever asks for one: the hidden states, deep prompts, the adapter.
+        """
+        self._check_range(start, end)
+        position = cache.length if cache is not None else 0
+        batch, count = hidden_states.shape[:2]
+        visit = Visit(start, end, hidden_states, extras=extras, position=position, behind=[])
+        with self._running:
+            self._run(hidden_states, visit, cache)
+        if cache is not None:
+            cache.commit(batch, count)
+        assert visit.behind is not None
+        return visit.behind
+
+    def alone(self) -> threading.RLock:
+        """While this is held no other thread computes with this span."""
+        return self._running
+
+    def prepare(self, adapter: Adapter) -> Adapter:
+        """The adapter where the span computes. Raises BadInputs when it does not fit these layers."""
+        for path, (down, up) in adapter.pairs.items():
+            inputs, outputs = self._matrices.get(path, (0, 0))
+            if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+                raise BadInputs(f"the adapter's matrices for {path} have no common rank")
+            if (down.shape[1], up.shape[0]) != (inputs, outputs):
+                raise BadInputs(f"the adapter does not fit {path} of layers {self.start}:{self.end}")
+        with self._running:
+            for path in adapter.pairs.keys() - self._adaptable:
+                self._model.get_submodule(path).register_forward_hook(partial(self._adapt, path))
+                self._adaptable.add(path)
+        return Adapter(
+            {path: (a.to(self.device), b.to(self.device)) for path, (a, b) in adapter.pairs.items()}
+        )
+
+    def adapter_part(self, adapter: Adapter) -> Adapter:
+        """What of an adapter of the whole model is for the layers of this span."""
+        return Adapter({path: pair for path, pair in adapter.pairs.items() if path in self._matrices})
+
+    def _adapt(
+        self, path: str, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        adapter = self._visit.extras.adapter
+        return output if adapter is None else adapter.apply(path, args[0], output)
+
     def _one_row(self, row: Row) -> torch.Tensor | None:
         at_the_end = row.cache.end == self.layer_count
         output = self._alone(row.inputs, row.cache, list(range(row.count - row.wanted, row.count)))
@@ -271,7 +336,11 @@ class Span:
         if self._takes_positions:
             batch, count = next(iter(inputs.values())).shape[:2]
             positions = cache.positions(count) if cache is not None else torch.arange(count)
+            if (told := self._visit.extras.positions) is not None:
+                positions = told
             arguments["position_ids"] = self._moved(positions, torch.int64).expand(batch, -1)
+        if (mask := self._visit.extras.mask) is not None:
+            arguments["attention_mask"] = self._moved(mask, torch.int64)
         logits: torch.Tensor = self._model(**arguments).logits
         return logits
 
@@ -289,9 +358,15 @@ class Span:
             return visit.arrived
         if index == visit.start and visit.arrived is not None:
             args, kwargs = replace_hidden_states(args, kwargs, visit.arrived)
+        if visit.extras.prompts:
+            entering = visit.extras.enter(index, split_arguments(args, kwargs)[0], visit.position)
+            args, kwargs = replace_hidden_states(args, kwargs, entering)
         output = forward(*args, **kwargs)
-        if index == visit.end - 1 and visit.end < self.layer_count:
-            raise Reached(output if isinstance(output, torch.Tensor) else output[0])
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if visit.behind is not None:
+            visit.behind.append(states)
+        if index == visit.end - 1 and (visit.end < self.layer_count or visit.behind is not None):
+            raise Reached(states)
         return output
 
     def _narrow(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -317,6 +392,9 @@ class Span:
         family.make_buffers(model, held, device)
         drop_weights(inner - held)
         self._cut_ends(anatomy)
+        for path, part in model.named_modules():
+            if part in held and (shape := matrix_shape(part)) is not None:
+                self._matrices[path] = shape
         for index, layer in enumerate(layers):
             layer.forward = partial(self._gate, index, layer.forward)
 
@@ -494,7 +572,8 @@ class Span:
 
 def _visit(inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> Visit:
     """Through the layers of a cache."""
-    return Visit(cache.start, cache.end, None if cache.start == 0 else inputs, wanted)
+    extras = NOTHING if cache.adapter is None else Extras(adapter=cache.adapter)
+    return Visit(cache.start, cache.end, None if cache.start == 0 else inputs, wanted, extras=extras)
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:

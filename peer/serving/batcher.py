@@ -42,12 +42,12 @@ Share = tuple[Work, int]
 def choose(ready: Iterable[Work], piece: int) -> list[Share]:
     """What the next pass computes: all single positions, and up to `piece` of longer steps, first come first.
 
-    A pass leads through the same layers for all, which are those of the first that came.
+    A pass leads through the same layers for all, with the same adapter: those of the first that came.
     """
     shares: list[Share] = []
     layers, singles = None, 0
     for work in ready:
-        mine = (work.cache.start, work.cache.end)
+        mine = (work.cache.start, work.cache.end, work.cache.adapter)
         layers = layers or mine
         if mine != layers:
             continue
@@ -110,11 +110,14 @@ class Batcher:
         self.wait_ms = 0.0
         """What steps of one position waited for their pass, smoothed over the last ones."""
         self.pace = Pace()
+        self.on_arrival: Callable[[], None] = lambda: None
+        """Called with every step that comes."""
         self._span = span
         self._executor = executor
         self._ready: deque[Work] = deque()
         self._waiting: dict[Work, asyncio.Future[Computed]] = {}
         self._stirred = asyncio.Event()
+        self._rested = asyncio.Event()
 
     async def compute(
         self,
@@ -135,11 +138,14 @@ class Batcher:
         self._waiting[work] = future
         self._ready.append(work)
         self._stirred.set()
+        self.on_arrival()
         came = time.perf_counter()
         try:
             computed = await future
         finally:
             del self._waiting[work]
+            if not self._waiting:
+                self._rested.set()
         if step.count == 1:
             waited_ms = max(0.0, (computed.ended - came) * 1000 - computed.computed_ms)
             self.wait_ms += SMOOTHING * (waited_ms - self.wait_ms)
@@ -155,6 +161,17 @@ class Batcher:
                 # A session whose token is drawn here comes back at once with its next step. Without this turn
                 # of the loop it would just miss the next pass, and two groups would take turns for ever.
                 await asyncio.sleep(0)
+
+    async def rested(self) -> None:
+        """Returns when no step waits here or is computed."""
+        while self.busy:
+            self._rested.clear()
+            await self._rested.wait()
+
+    @property
+    def busy(self) -> bool:
+        """Whether steps wait here or are computed."""
+        return bool(self._waiting)
 
     def _forget_cancelled(self) -> None:
         self._ready = deque(

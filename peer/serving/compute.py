@@ -16,16 +16,9 @@ from peer.model.kv_cache import KVCache
 from peer.model.likelihood import likelihoods
 from peer.model.sampling import sample
 from peer.model.span import Row, Span
+from peer.wire_tensors import FROM_WIRE, TO_WIRE
 from shared.protocol import Likelihood, Sampling, Step, Tensor, WireDtype
 from shared.tensors import tensor_bytes
-
-_FROM_WIRE: dict[WireDtype, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int32": torch.int32,
-}
-_TO_WIRE = {dtype: name for name, dtype in _FROM_WIRE.items()}
 
 MOST_SCORED = 64
 """Positions of a prompt that is scored, in one pass. Each needs all its logits, half a megabyte or more."""
@@ -197,12 +190,12 @@ def row_bytes(span: Span) -> int:
 
 def wire_dtype(span: Span) -> WireDtype:
     """The format in which this span's hidden states travel."""
-    return _TO_WIRE[span.dtype]
+    return TO_WIRE[span.dtype]
 
 
 def _inputs(step: Step, body: bytes | memoryview) -> torch.Tensor:
     """[1, count] token ids or [1, count, hidden] hidden states; the span checks that they fit it."""
-    dtype = _FROM_WIRE[step.tensor.dtype]
+    dtype = FROM_WIRE[step.tensor.dtype]
     if step.tensor.shape[:1] != [step.count] or not len(body) or len(body) != tensor_bytes(step.tensor):
         raise BadInputs(
             f"{len(body)} bytes of {step.tensor.dtype} {step.tensor.shape} are not {step.count} positions"
@@ -220,4 +213,4 @@ def _to_wire(hidden: torch.Tensor) -> tuple[Tensor, bytes]:
     if not torch.isfinite(hidden).all():
         raise BadInputs("the layers gave numbers that are not finite")
     wire = hidden.view(torch.uint8).numpy().tobytes()
-    return Tensor(_TO_WIRE[hidden.dtype], list(hidden.shape)), wire
+    return Tensor(TO_WIRE[hidden.dtype], list(hidden.shape)), wire

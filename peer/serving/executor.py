@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -18,7 +21,9 @@ class Executor:
     Few calls wait here at a time: the batcher's next pass, and one of each session that is being opened.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, niceness: int = 0) -> None:
+        self._niceness = niceness
+        """How far other threads of the machine go before this one, where the system allows it."""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="executor", daemon=True)
 
@@ -59,6 +64,9 @@ class Executor:
         return await future
 
     def _work(self) -> None:
+        if self._niceness and sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while (job := self._jobs.get()) is not None:
             job()
 

@@ -19,6 +19,7 @@ import msgspec
 
 from peer.model.constraint import Constraint
 from peer.model.errors import BadInputs
+from peer.model.extras import Adapter
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 from peer.serving.batcher import Batcher
@@ -109,6 +110,8 @@ class Surroundings(Protocol):
 
     async def constraint(self, opened: Open) -> Constraint | None:
         """What may be drawn here in this session; None for anything. Raises BadGrammar."""
+
+    def hosted(self, adapter: str) -> Adapter | None: ...
 
     def stepped(self, layers: int, count: int, computed_ms: float) -> None:
         """A step of `count` positions through `layers` layers took this long."""
@@ -298,6 +301,7 @@ class HopSession:
             self._cache, self._log = await self._around.executor.run(beginning.take, capacity)
             return
         self._cache = self._around.span.new_cache(self.mine.start, self.mine.end, capacity)
+        self._cache.adapter = self._around.hosted(self.open.adapter)
         self._log = InputLog(row_bytes(self._around.span))
 
     # ------------------------------------------------------------ standbys
@@ -601,7 +605,7 @@ class HopSession:
 def scope(asker: PeerId, opened: Open) -> Hashable:
     """Whose prefixes a session shares: of the same asker, computed by the same hops up to this one."""
     hops = opened.route[: opened.index + 1]
-    return asker, tuple((entry.peer, entry.start, entry.end) for entry in hops)
+    return asker, opened.adapter, tuple((entry.peer, entry.start, entry.end) for entry in hops)
 
 
 def _same_layers(one: RouteSpan, other: RouteSpan) -> bool:

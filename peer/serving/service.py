@@ -14,33 +14,41 @@ from typing import Any, Literal, Self, assert_never
 import msgspec
 
 from peer.model.constraint import Constraint, Grammars
+from peer.model.extras import Adapter
 from peer.model.span import Span
 from peer.serving.batcher import Batcher
 from peer.serving.compute import row_bytes
+from peer.serving.courtesy import Courtesy
 from peer.serving.executor import Executor
 from peer.serving.hop_session import Admission, Arrival, HopSession, Inputs, scope
 from peer.serving.kv_budget import KvBudget
 from peer.serving.prefixes import Beginning, Prefixes
+from peer.serving.training import Training
 from peer.serving.turnover import Tenant, room_after_s
 from shared.background import Background
 from shared.channel import Channel, Priority
 from shared.errors import Busy, ConnectionLost, ProtocolError
 from shared.identity import PeerId, short
 from shared.protocol import (
+    Backward,
     Close,
     Consumed,
     Decline,
     Failed,
     Fetch,
     Files,
+    Forward,
     Grant,
+    Lend,
     Load,
     Lost,
     Open,
     Opened,
+    Outputs,
     Path,
     PeerMessage,
     Probe,
+    Refusal,
     Renew,
     RouteSpan,
     Scored,
@@ -68,6 +76,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     context_length: int
     tokenizer_files: Mapping[str, bytes]
     max_sessions: int = 256
+    adapters: Mapping[str, Adapter] = {}
+    """Those that it hosts for everyone, by id."""
 
 
 class Service:
@@ -90,6 +100,11 @@ class Service:
         self.span = span
         self.executor = Executor()
         self.batcher = Batcher(span, self.executor)
+        self._hosted = {name: span.prepare(span.adapter_part(one)) for name, one in offer.adapters.items()}
+        courtesy = Courtesy(self._most_hops)
+        self.training = Training(
+            span, offer.artefact, budget, self.batcher, courtesy, self._send_result, self._hosted
+        )
         self.prefixes = Prefixes()
         self.draining = False
         """True once this peer leaves: see `drain`."""
@@ -111,8 +126,11 @@ class Service:
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.executor)
+        await self._stack.enter_async_context(self.training.executor)
         await self._stack.enter_async_context(self._tasks)
         self._tasks.start(self.batcher.run())
+        self._tasks.start(self.training.run())
+        self._stack.callback(self.training.end)
         self._tasks.start(self._sweep())
         self._stack.callback(self._end_all)
         return self
@@ -162,6 +180,7 @@ class Service:
 
     def channel_closed(self, channel: Channel) -> None:
         """Askers whose ring passed through that channel learn of it at once."""
+        self.training.forget(channel.peer)
         for admitted in self._admitted.values():
             if admitted.session.uses(channel):
                 admitted.session.stir()
@@ -182,6 +201,10 @@ class Service:
             return None
         grammar, stop_tokens = opened.sampling.grammar, opened.stop_tokens
         return await asyncio.to_thread(self._grammars.constraint, grammar, stop_tokens)
+
+    def hosted(self, adapter: str) -> Adapter | None:
+        """An adapter by its id, which was checked before; None for the empty one."""
+        return self._hosted[adapter] if adapter else None
 
     def stepped(self, layers: int, count: int, computed_ms: float) -> None:
         if count != 1:
@@ -213,7 +236,9 @@ class Service:
             case Renew(sessions=sessions):
                 for session in sessions:
                     self._from_asker(channel, session)
+                    self.training.renew(channel.peer, session)
             case Close(session=session, pages=pages):
+                self.training.close(channel.peer, session)
                 if self._from_asker(channel, session):
                     self._end(session, pages)
             case Lost(session=session):
@@ -226,7 +251,11 @@ class Service:
                 self._reply(channel, self._load(message))
             case Fetch():
                 self._hand_out(channel, message)
-            case Opened() | Decline() | Scored() | Failed() | Load() | Files():
+            case Forward() | Backward():
+                self.training.handle(channel, message, body, draining=self.draining)
+            case Lend():
+                self._tasks.start(self.training.lend(channel, message, body))
+            case Opened() | Decline() | Scored() | Failed() | Load() | Files() | Outputs() | Refusal():
                 raise ProtocolError(f"a {type(message).__name__} is for askers, and I asked for nothing")
             case _:
                 assert_never(message)
@@ -271,6 +300,20 @@ class Service:
                 await channel.send(message, body, priority)
         finally:
             self._replies -= 1
+
+    def _most_hops(self) -> int:
+        """Of the routes that lead through here."""
+        return max((len(admitted.session.open.route) for admitted in self._admitted.values()), default=1)
+
+    def _send_result(
+        self, channel: Channel, message: PeerMessage, body: bytes, sent: Callable[[], None]
+    ) -> None:
+        task = self._tasks.start(self._send_whole(channel, message, body))
+        task.add_done_callback(lambda _: sent())
+
+    async def _send_whole(self, channel: Channel, message: PeerMessage, body: bytes) -> None:
+        with contextlib.suppress(ConnectionLost):
+            await channel.send(message, body, Priority.PREFILL if body else Priority.CONTROL)
 
     # ------------------------------------------------------------ admission
 
@@ -345,6 +388,10 @@ class Service:
             return _decline(opened, "invalid", "a session keeps the max_tokens that it was opened with")
         if not self.span.start <= mine.start < mine.end <= self.span.end:
             return _decline(opened, "layers", f"this peer serves layers {self.span.start}–{self.span.end}")
+        if opened.adapter and opened.adapter not in self._hosted:
+            return _decline(opened, "layers", "this peer does not host that adapter")
+        if admitted is not None and admitted.session.open.adapter != opened.adapter:
+            return _decline(opened, "invalid", "a session keeps the adapter that it was opened with")
         if opened.max_tokens > self._offer.context_length:
             return _decline(
                 opened,
@@ -438,6 +485,7 @@ class Service:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._lease_s / SWEEPS_PER_LEASE)
+            self.training.sweep()
             now = time.monotonic()
             for session in [name for name, admitted in self._admitted.items() if admitted.deadline < now]:
                 log.info("session %s fell silent and is closed", session[:8])

@@ -70,6 +70,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: int
     sampling: Sampling = Sampling()
     stop_tokens: Sequence[int] = ()
+    adapter: str = ""
+    """The id of an adapter that peers host; empty for the model as it is."""
 
 
 class Drawn(msgspec.Struct, frozen=True):
@@ -283,6 +285,7 @@ class ClientSession:
             history=self._history() if is_last and not standby else [],
             pages=pages,
             standby=standby,
+            adapter=request.adapter,
         )
 
     def _pages(self) -> list[str]:

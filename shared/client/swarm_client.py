@@ -15,6 +15,7 @@ from typing import Self
 
 from shared.background import Background
 from shared.channel import Channel, Dialer, Listen, PathReport, Priority
+from shared.client.calls import Calls
 from shared.client.directory import Directory
 from shared.client.generation import Generation
 from shared.client.page_names import PageNames
@@ -36,8 +37,10 @@ from shared.protocol import (
     Load,
     Lost,
     Opened,
+    Outputs,
     Path,
     PeerMessage,
+    Refusal,
     RouteSpan,
     Scored,
     Step,
@@ -87,6 +90,8 @@ class SwarmClient:
             direct=direct,
             listen=listen,
         )
+        self.calls = Calls(self._dialer.channel)
+        """Forward and backward passes, each by one peer."""
         self._probes = Probes(self._dialer.channel)
         self._pages = PageNames(secrets.token_bytes(32))
         self._routes = PrefixRoutes()
@@ -139,10 +144,10 @@ class SwarmClient:
         """Plans routes for a session; the first of two that were compared by what their peers say now."""
         salt = str(next(self._requests))
         tokens = len(request.prompt) + request.max_new_tokens
-        choice = await self._compare(request.artefact, tokens, salt)
+        choice = await self._compare(request, tokens, salt)
 
         def plan(survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
-            first, candidates = self._candidates(request.artefact, avoid)
+            first, candidates = self._candidates(request.artefact, avoid, request.adapter)
             layers, model = first.layer_count, first.model
             if not survivors and not avoid:
                 compared = [candidate for candidate in candidates if candidate.peer in choice.peers]
@@ -179,22 +184,22 @@ class SwarmClient:
 
         def spare(entry: RouteSpan, avoid: frozenset[PeerId]) -> PeerId | None:
             try:
-                _, candidates = self._candidates(request.artefact, avoid)
+                _, candidates = self._candidates(request.artefact, avoid, request.adapter)
             except NoRoute:
                 return None
             return choose_standby(entry, candidates, tokens=tokens, busiest=BUSY_STANDBY_MS)
 
         return spare
 
-    async def _compare(self, artefact: str, tokens: int, salt: str) -> Choice:
+    async def _compare(self, request: Request, tokens: int, salt: str) -> Choice:
         """The two best routes, by what is known once their peers have been asked, where that may matter."""
-        first, candidates = self._candidates(artefact)
+        first, candidates = self._candidates(request.artefact, adapter=request.adapter)
         choice = two_choices(candidates, first.layer_count, model=first.model, tokens=tokens, salt=salt)
         await self._probes.ask(choice.ask, tokens, FULL_PROBE_S if choice.full else PROBE_S)
         return choice
 
     def _candidates(
-        self, artefact: str, avoid: frozenset[PeerId] = frozenset()
+        self, artefact: str, avoid: frozenset[PeerId] = frozenset(), adapter: str = ""
     ) -> tuple[Announcement, list[Candidate]]:
         """Any peer that serves the artefact, and all but those to avoid as the planner sees them."""
         serving = self.directory.serving(artefact)
@@ -205,7 +210,7 @@ class SwarmClient:
         candidates = [
             informed(self._candidate(peer), loads.get(PeerId(peer.peer)), ours[PeerId(peer.peer)])
             for peer in serving
-            if peer.peer not in avoid
+            if peer.peer not in avoid and (not adapter or adapter in {one.id for one in peer.adapters})
         ]
         return serving[0], candidates
 
@@ -281,12 +286,15 @@ class SwarmClient:
                 fetch = self._fetches.get(request)
                 if fetch is not None and fetch.channel is channel and not fetch.answer.done():
                     fetch.answer.set_result((message, bytes(body)))
+            case Outputs() | Refusal():
+                self.calls.heard(channel, message, body)
             case Step():
                 pass  # an asker named us as a hop: the peer that fell for it serves our sessions as well
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is for peers, and I serve no layers")
 
     def _channel_closed(self, channel: Channel) -> None:
+        self.calls.channel_closed(channel)
         for generation in list(self._generations.values()):
             generation.channel_closed(channel)
         for fetch in self._fetches.values():
