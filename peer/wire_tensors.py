@@ -24,7 +24,7 @@ TO_WIRE = {dtype: name for name, dtype in FROM_WIRE.items()}
 def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Part], bytes]:
     """Tensors as parts and their body. Raises BadInputs for numbers that are not finite."""
     parts: list[Part] = []
-    pieces: list[bytes] = []
+    pieces: list[memoryview] = []
     for name, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -323,7 +323,7 @@ class Training:
         if order is not None:
             if order.is_floating_point() or order.shape != (batch,) or cache.length == 0:
                 raise BadInputs("an order names a row of the batch before for each row of the batch now")
-            if not 0 <= int(order.min()) <= int(order.max()) < cache.batch:
+            if not 0 <= int(order.min()) <= int(order.max()) < (cache.batch or 0):
                 raise BadInputs(f"an order names rows of a batch of {cache.batch}")
             self._reserve(key, message.start, message.end, batch, cache.capacity)
             cache.pick(order.long())
