@@ -543,6 +543,12 @@ class Tee(Struct, frozen=True, tag="tee"):
     position: Position
 
 
+class Locate(Struct, frozen=True, tag="locate"):
+    """From the asker to each hop when a step is late: how far are you? Answered by `Consumed`."""
+
+    session: SessionId
+
+
 class Probe(Struct, frozen=True, tag="probe"):
     """Ask a peer how busy it is at this moment: an announcement may be many seconds old."""
 
@@ -677,6 +683,7 @@ PeerMessage = (
     | Failed
     | Lost
     | Tee
+    | Locate
     | Probe
     | Load
     | Fetch

@@ -208,3 +208,54 @@ async def test_the_next_question_begins_behind_what_the_standby_had_kept(swarm: 
 
     assert again == swarm.reference(longer, new=5)
     assert computed(swarm, "zoe") - before < 64 + 3 + 5
+
+
+async def test_a_peer_that_leaves_on_purpose_hands_over_and_may_go_at_once(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 2), bob=(2, 4), eve=(4, 6))
+    answer = swarm.ask(PROMPT, new=NEW)
+    events: Events = [await anext(answer)]
+    await swarm.start(zoe=(2, 4))
+
+    leaving = asyncio.create_task(swarm.peers["bob"].drain(timeout_s=30))
+    events += [event async for event in answer]
+
+    assert await leaving, "its session was over before its time was up"
+    [event] = rerouted(events)
+    assert (event.reason, event.stood_by) == ("leaving", True)
+    assert [swarm.name(span.peer) for span in event.route] == ["ann", "zoe", "eve"]
+    assert tokens(events) == swarm.reference(PROMPT, new=NEW)
+    await emptied(swarm)
+
+
+@pytest.mark.parametrize("hop", [0, 1])
+async def test_a_channel_of_the_asker_that_breaks_costs_no_hop_what_it_holds(swarm: Swarm, hop: int) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    prompt = [*PROMPT] * 20
+    answer = swarm.ask(prompt, new=100)
+    events: Events = [await anext(answer) for _ in range(10)]
+    before = {name: computed(swarm, name) for name in swarm.peers}
+
+    peer = swarm.peers[("ann", "bob")[hop]]
+    await peer.dialer.channels[swarm.client.identity.id].close("no reason")
+    events += [event async for event in answer]
+
+    assert tokens(events) == swarm.reference(prompt, new=100)
+    assert all(computed(swarm, name) - before[name] < 100 for name in swarm.peers), "nothing was replayed"
+    assert [swarm.name(span.peer) for event in rerouted(events) for span in event.route] == ["ann", "bob"]
+    await emptied(swarm)
+
+
+async def test_a_channel_between_two_hops_that_breaks_costs_neither_what_it_holds(swarm: Swarm) -> None:
+    await swarm.start(ann=(0, 3), bob=(3, 6))
+    prompt = [*PROMPT] * 20
+    answer = swarm.ask(prompt, new=100)
+    events: Events = [await anext(answer) for _ in range(10)]
+    before = {name: computed(swarm, name) for name in swarm.peers}
+
+    ann, bob = swarm.peers["ann"], swarm.peers["bob"]
+    await ann.dialer.channels[bob.identity.id].close("no reason")
+    events += [event async for event in answer]
+
+    assert tokens(events) == swarm.reference(prompt, new=100)
+    assert all(computed(swarm, name) - before[name] < 100 for name in swarm.peers), "nothing was replayed"
+    await emptied(swarm)

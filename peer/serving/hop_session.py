@@ -321,7 +321,7 @@ class HopSession:
         try:
             await tee.run(self._around.channel)
         except ConnectionLost:
-            await self._report_lost(tee.peer)
+            await self._report_lost(tee.peer, self.open.epoch)
 
     def _end_tee(self) -> None:
         if self._teeing is not None:
@@ -584,7 +584,7 @@ class HopSession:
             channel = await self._channel(peer)
             await channel.send(message, body, Priority.DECODE if urgent else Priority.PREFILL)
         except ConnectionLost:
-            await self._report_lost(peer)
+            await self._report_lost(peer, message.epoch)
 
     async def _channel(self, peer: PeerId) -> Channel:
         channel = self._channels.get(peer)
@@ -593,8 +593,8 @@ class HopSession:
             self._watches.enter_context(channel.watched())
         return channel
 
-    async def _report_lost(self, peer: PeerId) -> None:
-        await self.tell(Lost(self.open.session, self.newest.epoch, peer))
+    async def _report_lost(self, peer: PeerId, epoch: int) -> None:
+        await self.tell(Lost(self.open.session, epoch, peer))
 
     async def tell(self, message: PeerMessage) -> None:
         """To the asker. One that is gone hears nothing: the lease then ends the session."""

@@ -41,6 +41,7 @@ from shared.protocol import (
     Grant,
     Lend,
     Load,
+    Locate,
     Lost,
     Open,
     Opened,
@@ -233,6 +234,10 @@ class Service:
             case Grant() | Tee():
                 if admitted := self._from_asker(channel, message.session):
                     admitted.session.put(message)
+            case Locate(session=session):
+                if admitted := self._from_asker(channel, session):
+                    here = admitted.session
+                    self._reply(channel, Consumed(session, here.open.epoch, here.position))
             case Renew(sessions=sessions):
                 for session in sessions:
                     self._from_asker(channel, session)

@@ -146,6 +146,8 @@ class Channel:
         self.closed = asyncio.Event()
         self.reason = ""
         """Why it closed, as a sentence."""
+        self.said_bye = False
+        """The other side closed it, so it was there."""
         self.relayed = relayed
         self.directs: list[DirectPath] = []
         """The direct links that are open; used while they are trusted."""
@@ -475,6 +477,7 @@ class Channel:
                 # Nobody says it twice without reason: its network may be another one now.
                 self._upgrade.retry()
             case Bye():
+                self.said_bye = True
                 self.end(message.reason or "the other side closed it", bye=False)
             case _:
                 assert_never(message)

@@ -89,12 +89,14 @@ class Directory:
 
     def live(self) -> list[Announcement]:
         """Announcements that are neither expired nor withdrawn, of peers that are connected."""
-        now = self._clock()
-        return [
-            announcement
-            for peer, announcement in self._announcements.items()
-            if announcement.expires_at > now and announcement.state != "left" and not self._away(peer)
-        ]
+        return [announcement for peer, announcement in self._announcements.items() if self.is_live(peer)]
+
+    def is_live(self, peer: PeerId) -> bool:
+        """Whether a peer is in the swarm, as far as it and the relays say."""
+        announcement = self._announcements.get(peer)
+        if announcement is None or announcement.expires_at <= self._clock():
+            return False
+        return announcement.state != "left" and not self._away(peer)
 
     def get(self, peer: PeerId) -> Announcement | None:
         """The last announcement of a peer, live or not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from shared.client.session import (
     Emit,
     Event,
     Finish,
+    Leaving,
     PageNamer,
     PeerLost,
     Planner,
@@ -58,17 +60,21 @@ class Generation:
         name_pages: PageNamer,
         tasks: Background,
         spare: Spare,
+        is_there: Callable[[PeerId], bool],
         reserved: Callable[[], None] = lambda: None,
     ) -> None:
         self.session = secrets.token_hex(16)
         self._dialer = dialer
-        self._machine = ClientSession(self.session, request, plan, name_pages, spare=spare)
+        self._machine = ClientSession(
+            self.session, request, plan, name_pages, spare=spare, is_there=is_there, clock=time.monotonic
+        )
         self._tasks = tasks
         self._reserved: Callable[[], None] | None = reserved
         self._inbox: asyncio.Queue[Event | Exception] = asyncio.Queue(INBOX_SIZE)
         self._outboxes: dict[PeerId, asyncio.Queue[Send]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._channels: dict[PeerId, Channel] = {}
+        self._told_leaving: set[PeerId] = set()
         self._watches = ExitStack()
 
     @property
@@ -93,13 +99,20 @@ class Generation:
 
     async def received(self, channel: Channel, message: PeerMessage) -> None:
         """A message of this session came in from a hop."""
-        await self._inbox.put(Received(channel.peer, message))
+        await self._inbox.put(Received(channel.peer, message, time.monotonic()))
 
     def channel_closed(self, channel: Channel) -> None:
         """Only the channel in use counts: an old one may close after its peer was dialled anew."""
         if self._channels.get(channel.peer) is channel:
             del self._channels[channel.peer]
-            self._start(self._inbox.put(PeerLost(channel.peer)))
+            alive = channel.said_bye or channel.peer in self._dialer.channels
+            self._start(self._inbox.put(PeerLost(channel.peer, alive)))
+
+    def leaving(self, peer: PeerId) -> None:
+        """A peer of its route, or one that stands by, has said that it goes away."""
+        if peer not in self._told_leaving:
+            self._told_leaving.add(peer)
+            self._start(self._inbox.put(Leaving(peer)))
 
     async def events(self) -> AsyncGenerator[Drawn | Rerouted, None]:
         """Tokens and re-routes until the answer is complete.
@@ -126,11 +139,16 @@ class Generation:
             self._tasks.start(self._say_goodbye())
 
     async def _next_effects(self) -> list[Effect]:
-        waiting = self._machine.awaiting
+        waiting, wake_at = self._machine.awaiting, self._machine.wake_at
+        patience_s = OPEN_TIMEOUT_S if waiting else STALL_S
+        if wake_at is not None:
+            patience_s = min(patience_s, max(0.0, wake_at - time.monotonic()))
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S if waiting else STALL_S):
+            async with asyncio.timeout(patience_s):
                 event = await self._inbox.get()
         except TimeoutError:
+            if wake_at is not None:
+                return self._machine.wake()
             if not waiting:
                 raise SessionFailed(
                     f"no token came for {STALL_S:.0f} s although every peer answers; please ask again"

@@ -19,6 +19,7 @@ from typing import Literal, assert_never
 
 import msgspec
 
+from shared.client.lateness import Lateness
 from shared.client.standbys import Standby, Standbys
 from shared.errors import Busy, CorollaError, NoRoute, ProtocolError, SessionFailed
 from shared.framing import Priority
@@ -35,6 +36,7 @@ from shared.protocol import (
     Grant,
     Hop,
     Likelihood,
+    Locate,
     Lost,
     Open,
     Opened,
@@ -55,6 +57,15 @@ FORGIVE_EVERY = 256
 """Tokens after which peers that were lost, or would not stand by, are thought of again."""
 WORTH_A_STANDBY = 8
 """For fewer tokens than these to come, nobody is asked to follow."""
+CLOSE = 64
+"""A standby that lags behind by fewer positions can take over without a pause that anyone would see."""
+LOOK_S = 0.2
+"""How long hops may take to tell how far they are."""
+MOST_LOOKS = 5
+"""When so many times nothing could be done, the step is left alone."""
+PATIENT_S = 1.0
+GIVE_UP_S = 20.0
+"""Hops that cannot be reached are tried again for so long; they keep what they hold for 30 s."""
 CREDIT_WINDOW = 64
 """Tokens that the ring may run ahead of the asker; a vanished asker costs at most this much work."""
 
@@ -109,10 +120,20 @@ class Received(msgspec.Struct, frozen=True):
 
     peer: PeerId
     message: PeerMessage
+    at: float | None = None
+    """When it came, by the session's clock; now, unless told."""
 
 
 class PeerLost(msgspec.Struct, frozen=True):
     """The channel to a hop closed, or could not be opened."""
+
+    peer: PeerId
+    alive: bool = False
+    """The peer itself closed it, or opened another one: it may well be there, with all that it holds."""
+
+
+class Leaving(msgspec.Struct, frozen=True):
+    """A peer has said that it goes away on purpose."""
 
     peer: PeerId
 
@@ -138,7 +159,7 @@ class Finish(msgspec.Struct, frozen=True):
     error: CorollaError | None = None
 
 
-Event = Received | PeerLost
+Event = Received | PeerLost | Leaving
 Effect = Send | Emit | Finish
 Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId]], list[RouteSpan]]
 """Given the spans that survive and the peers to avoid, a whole route. Raises NoRoute or Busy."""
@@ -162,6 +183,8 @@ class ClientSession:
         name_pages: PageNamer = lambda tokens: [],
         *,
         spare: Spare = lambda entry, avoid: None,
+        is_there: Callable[[PeerId], bool] = lambda peer: True,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.session = session
         self.epoch = 0
@@ -171,6 +194,10 @@ class ClientSession:
         self._plan = plan
         self._name_pages = name_pages
         self._spare = spare
+        self._is_there = is_there
+        self._clock = clock
+        self._now = clock()
+        """When the event came that is being handled."""
         self._limit = len(self.tokens) + request.max_new_tokens
         self._credit = 0
         self._unsent: deque[Send] = deque()
@@ -196,6 +223,22 @@ class ClientSession:
         """Positions that hold the tokens as the asker knows them, wherever they were computed."""
         self._unfit: set[PeerId] = set()
         """Peers that would not stand by when they were asked lately."""
+        self._leaving: set[PeerId] = set()
+        self._lateness = Lateness()
+        self._since = self._now
+        """When the step began that is awaited."""
+        self._judge_at: float | None = None
+        """When the hops were asked how far they are, the time to look at their answers."""
+        self._places: dict[PeerId, int] = {}
+        self._looks = 0
+        """How often they were asked since the last token."""
+        self._hedging = False
+        """The present route was taken because a hop was late; its answer may still come first."""
+        self._tried_at = self._now
+        self._down_since: float | None = None
+        """When the first hop was lost since the last token."""
+        self._returns: set[PeerId] = set()
+        """Hops that were opened anew, with all that they hold, since the last token."""
         self._losses: dict[PeerId, int] = {}
         self._refused: set[PeerId] = set()
         """Peers that declined since the session last ran: they may have room another time, not now."""
@@ -231,13 +274,37 @@ class ClientSession:
     def handle(self, event: Event) -> list[Effect]:
         if self._state == "over":
             return []
+        self._now = self._clock()
         match event:
-            case PeerLost(peer=peer):
-                return self._lose(peer)
+            case PeerLost(peer=peer, alive=alive):
+                return self._lose(peer, alive=alive)
+            case Leaving(peer=peer):
+                return self._part_from(peer)
             case Received(peer=peer, message=message):
+                self._now = self._now if event.at is None else event.at
                 return self._receive(peer, message)
             case _:
                 assert_never(event)
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to call `wake`, should nothing happen until then."""
+        if self._state != "running" or not self._proven:
+            return None
+        if self._judge_at is not None:
+            return self._judge_at
+        limit_s = self._lateness.limit_s
+        if limit_s is None or not self.standbys or self._looks >= MOST_LOOKS:
+            return None
+        return self._since + limit_s
+
+    def wake(self) -> list[Effect]:
+        """The time that `wake_at` told has come."""
+        self._now = self._clock()
+        wake_at = self.wake_at
+        if wake_at is None or self._now < wake_at:
+            return []
+        return self._look() if self._judge_at is None else self._judge()
 
     def cancel(self) -> list[Effect]:
         """The asker wants no more."""
@@ -257,6 +324,8 @@ class ClientSession:
         self._last_hop = self.peers[-1]
         self._state = "opening"
         self._proven = False
+        self._judge_at = None
+        self._tried_at = self._now
         self._unsent.clear()
         self._awaiting = set(self.peers)
         self._held.clear()
@@ -318,6 +387,7 @@ class ClientSession:
         held = [min(self._held[peer], most) for peer in self.peers]
         self._sure = self._limit
         self._certain = most
+        self._since = self._now
         self._unsent += self._steps(held)
         return self._sendable(held[0])
 
@@ -363,8 +433,8 @@ class ClientSession:
         match message:
             case Opened(epoch=epoch) if epoch == self.epoch and self._state == "opening":
                 return self._opened(peer, message.position)
-            case Consumed(epoch=epoch) if epoch == self.epoch and peer == self.peers[0]:
-                return self._sendable(message.position)
+            case Consumed(epoch=epoch) if epoch == self.epoch:
+                return self._consumed(peer, message.position)
             case Scored(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
                 return self._take_scores(message)
             case Token(epoch=epoch) if epoch == self.epoch and peer == self.peers[-1]:
@@ -374,7 +444,8 @@ class ClientSession:
             case Failed(epoch=epoch) if epoch == self.epoch:
                 return self._finish(SessionFailed(f"peer {short(peer)} could not go on: {message.message}"))
             case Lost(epoch=epoch) if epoch == self.epoch:
-                return self._lose(PeerId(message.peer))
+                # Our own channel to it is open, so perhaps only theirs broke.
+                return self._lose(PeerId(message.peer), alive=True)
             case _:
                 return []  # of an epoch that is over
 
@@ -421,6 +492,9 @@ class ClientSession:
         # The new last hop knows the tokens up to its `Open`, and penalties count all.
         if token.position != len(self.tokens) or self._request.sampling.needs_history:
             return []
+        if self._hedging:
+            self._hedging = False
+            self._lateness.in_vain()
         return self._take(token)
 
     def _take(self, token: Token) -> list[Effect]:
@@ -428,6 +502,11 @@ class ClientSession:
             prompt = self._prompt_likelihoods()
         except ProtocolError as error:
             return self._finish(error)
+        if self._proven:
+            self._lateness.took(self._now - self._since)
+        self._since = self._now
+        self._judge_at = None
+        self._looks = 0
         self.tokens.append(token.token)
         drawn: list[Effect] = [
             Emit(Drawn(token.position, token.token, token.hops, token.stop, token.likelihood, prompt))
@@ -442,6 +521,9 @@ class ClientSession:
             return []
         self._proven = True
         self._before = None
+        self._hedging = False
+        self._down_since = None
+        self._returns.clear()
         return self._part()
 
     def _part(self) -> list[Effect]:
@@ -460,6 +542,7 @@ class ClientSession:
         if self._credit >= self._limit or self._credit - len(self.tokens) > CREDIT_WINDOW // 2:
             return []
         self._credit = self._next_credit()
+        self._since = self._clock()  # the ring may have stood still until now, for want of it
         return [Send(self.peers[0], Grant(self.session, self.epoch, self._credit))]
 
     def _next_credit(self) -> int:
@@ -476,6 +559,7 @@ class ClientSession:
         if len(self.tokens) % FORGIVE_EVERY == 0:
             self._unfit.clear()
             self._losses.clear()
+            self._leaving.clear()
         first = self._standbys.of(self.route[0])
         return (self._stand_by() if look else []) + (self._feed_standby(first) if first else [])
 
@@ -495,7 +579,7 @@ class ClientSession:
         return effects
 
     def _recruit(self, entry: RouteSpan) -> Standby | None:
-        known = {*self.peers, *self._standbys.peers, *self._parting}
+        known = {*self.peers, *self._standbys.peers, *self._parting, *self._leaving}
         peer = self._spare(entry, frozenset(known | set(self._losses) | self._unfit))
         return None if peer is None else self._standbys.add(peer, entry)
 
@@ -513,11 +597,11 @@ class ClientSession:
             case Opened(epoch=epoch, position=position):
                 standby.ready = True
                 standby.position = min(position, self._certain)
-                return self._copy_to(standby) if epoch == self.epoch else []
+                return self._copy_to(standby) + self._hand_over() if epoch == self.epoch else []
             case Consumed(epoch=epoch, position=position) if epoch == self.epoch:
                 standby.position = max(standby.position, position)
                 is_first = (standby.start, standby.end) == (self.route[0].start, self.route[0].end)
-                return self._feed_standby(standby) if is_first else []
+                return (self._feed_standby(standby) if is_first else []) + self._hand_over()
             case Decline() | Failed() | Lost():
                 # Nobody sees a pause for it, so nobody is told.
                 self._unfit.add(standby.peer)
@@ -554,6 +638,65 @@ class ClientSession:
             )
             effects.append(Send(standby.peer, step, self._ids(start, end), Priority.BACKGROUND))
 
+    # ------------------------------------------------------------ leaving a hop that is there
+
+    def _part_from(self, peer: PeerId) -> list[Effect]:
+        """A peer goes away on purpose: hand over what it does to one that follows, once there is one."""
+        self._leaving.add(peer)
+        if (standby := self._standbys.find(peer)) is not None:
+            return self._dismiss(standby) + self._stand_by()
+        if peer not in self.peers:
+            return []
+        return self._hand_over() or self._stand_by()
+
+    def _hand_over(self) -> list[Effect]:
+        if not self._proven:
+            return []
+        for entry in self.route:
+            standby = self._standbys.of(entry)
+            if entry.peer in self._leaving and standby is not None and self._is_close(standby):
+                route = self._without(PeerId(entry.peer), standby)
+                return self._go_by(route, PeerId(entry.peer), "leaving", stood_by=True)
+        return []
+
+    def _is_close(self, standby: Standby) -> bool:
+        """True when nobody would see a pause if it became a hop now."""
+        return standby.ready and standby.epoch == self.epoch and len(self.tokens) - standby.position < CLOSE
+
+    def _look(self) -> list[Effect]:
+        """The step is late: ask every hop how far it is."""
+        self._judge_at = self._now + LOOK_S
+        self._looks += 1
+        self._places.clear()
+        return [Send(peer, Locate(self.session)) for peer in self.peers]
+
+    def _consumed(self, peer: PeerId, position: int) -> list[Effect]:
+        further = self._sendable(position) if peer == self.peers[0] else []
+        if self._judge_at is None:
+            return further
+        self._places[peer] = position
+        return further if len(self._places) < len(self.peers) else further + self._judge()
+
+    def _judge(self) -> list[Effect]:
+        """Ask the standby of the hop that is late too: whoever answers first counts, and the ring goes on
+        through the standby. The late one follows from now on, if it is there."""
+        self._judge_at = None
+        self._since = self._now
+        for entry in self.route:
+            peer = PeerId(entry.peer)
+            if self._places.get(peer, 0) >= len(self.tokens):
+                continue
+            standby = self._standbys.of(entry)
+            if standby is None or not self._is_close(standby):
+                return []
+            self._lateness.spend()
+            effects = self._go_by(self._without(peer, standby), peer, "late", stood_by=True)
+            self._hedging = True
+            self._parting.discard(peer)
+            self._standbys.add(peer, entry)
+            return effects
+        return []  # all have done their part: the token is on its way
+
     # ------------------------------------------------------------ losing and ending
 
     def _declined(self, peer: PeerId, decline: Decline) -> list[Effect]:
@@ -565,18 +708,25 @@ class ClientSession:
             return self._reroute(peer, Busy(decline.message, retry_s))
         return self._finish(SessionFailed(f"peer {short(peer)} declined: {decline.message}"))
 
-    def _lose(self, peer: PeerId) -> list[Effect]:
+    def _lose(self, peer: PeerId, *, alive: bool = False) -> list[Effect]:
         if (standby := self._standbys.find(peer)) is not None:
             self._losses[peer] = self._losses.get(peer, 0) + 1
             return self._dismiss(standby) + self._stand_by()
         if peer not in self.peers:
             return []
+        entry = self.route[self.peers.index(peer)]
+        standby = self._standbys.of(entry)
+        stood_by = standby is not None and standby.ready
+        if alive and not stood_by and peer not in self._returns and self._is_there(peer):
+            # It is there, and so is what it holds: cheaper than a replay by another one.
+            self._returns.add(peer)
+            return self._go_by(self.route, peer, "lost")
         return self._reroute(peer, None)
 
     def _reroute(self, lost: PeerId, refusal: Busy | None) -> list[Effect]:
         gone = self.route[self.peers.index(lost)]
         if refusal is None:
-            self._losses[lost] = self._losses.get(lost, 0) + 1
+            self._count_loss(lost)
         else:
             self._refused.add(lost)
         standby = self._standbys.of(gone)
@@ -589,6 +739,14 @@ class ClientSession:
         except CorollaError as error:
             return self._finish(error)
         return self._go_by(route, lost, "declined" if refusal else "lost")
+
+    def _count_loss(self, lost: PeerId) -> None:
+        """Once lost, a peer is avoided; lost again and again, it is not even the last resort."""
+        self._down_since = self._now if self._down_since is None else self._down_since
+        before = self._losses.get(lost, 0)
+        waited = self._now - self._tried_at > PATIENT_S and self._now - self._down_since < GIVE_UP_S
+        # Who only does not answer may be there: perhaps our own network is away for a moment.
+        self._losses[lost] = max(before, 1) if waited else before + 1
 
     def _without(self, peer: PeerId, standby: Standby) -> list[RouteSpan]:
         return [standby.entry if span.peer == peer else span for span in self.route]

@@ -102,6 +102,7 @@ class SwarmClient:
         self._tasks = Background(grace_s=GOODBYE_S)
 
     async def __aenter__(self) -> Self:
+        self._stack.callback(self.directory.listen(self._look_who_leaves))
         for relay in self.relays.clients:
             self._listen(relay)
         await self._stack.enter_async_context(self.relays)
@@ -125,8 +126,16 @@ class SwarmClient:
         Busy or SessionFailed; what was yielded before stays valid.
         """
         plan = await self._planner(request)
-        spare = self._spare(request)
-        generation = Generation(self._dialer, request, plan, self._pages.names, self._tasks, spare, reserved)
+        generation = Generation(
+            self._dialer,
+            request,
+            plan,
+            self._pages.names,
+            self._tasks,
+            self._spare(request),
+            self.directory.is_live,
+            reserved,
+        )
         self._generations[generation.session] = generation
         failed = False
         try:
@@ -266,6 +275,14 @@ class SwarmClient:
         relay.watch(lambda record: self.directory.add(record, relay.url))
         relay.on_gone(lambda peer: self.directory.gone(peer, relay.url))
         relay.on_state(lambda connected: None if connected else self.directory.lost(relay.url))
+
+    def _look_who_leaves(self) -> None:
+        """Peers that say so in their announcement keep their sessions until those are handed over."""
+        for generation in self._generations.values():
+            for span in (*generation.route, *generation.standbys):
+                announcement = self.directory.get(PeerId(span.peer))
+                if announcement is not None and announcement.state == "draining":
+                    generation.leaving(PeerId(span.peer))
 
     def links(self) -> dict[PeerId, tuple[Path, float | None]]:
         """Open channels: what carries each now, and its round trip in ms when measured."""

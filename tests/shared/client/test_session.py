@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from shared.client.session import (
+    CLOSE,
     CREDIT_WINDOW,
     WORTH_A_STANDBY,
     ClientSession,
@@ -14,12 +15,14 @@ from shared.client.session import (
     Effect,
     Emit,
     Finish,
+    Leaving,
     PeerLost,
     Received,
     Request,
     Rerouted,
     Send,
 )
+from shared.client.standbys import Standbys
 from shared.errors import Busy, NoRoute, ProtocolError, SessionFailed
 from shared.framing import Priority
 from shared.identity import PeerId
@@ -35,6 +38,7 @@ from shared.protocol import (
     Failed,
     Grant,
     Likelihood,
+    Locate,
     Lost,
     Open,
     Opened,
@@ -638,3 +642,246 @@ def test_scores_that_are_missing_or_of_other_tokens_end_the_session() -> None:
         effects = machine.handle(Received(BOB, scored)) or draw(machine, 3)
         finish = effects[-1]
         assert isinstance(finish, Finish) and isinstance(finish.error, ProtocolError)
+
+
+# ---------------------------------------------------------------- hops that leave, are late, or come back
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def timed(clock: Clock, *, is_there: bool = True, tails: Sequence[PeerId] = (BOB, EVE)) -> ClientSession:
+    """A session of ten tokens, one each 0.2 s, with a standby for both hops that holds all."""
+    request = Request(artefact="0" * 64, prompt=range(40), max_new_tokens=400)
+    machine = ClientSession(
+        SESSION,
+        request,
+        Plan(*tails),
+        spare=lambda entry, avoid: next((peer for peer in (ZOE, YVES) if peer not in avoid), None),
+        is_there=lambda peer: is_there,
+        clock=clock,
+    )
+    machine.start()
+    open_all(machine)
+    draw(machine, 40)
+    ready(machine, ZOE)
+    ready(machine, YVES)
+    for position in range(41, 50):
+        clock.now += 0.2
+        draw(machine, position)
+    return machine
+
+
+def follow(machine: ClientSession, peer: PeerId, position: int) -> list[Effect]:
+    return machine.handle(Received(peer, Consumed(SESSION, machine.epoch, position)))
+
+
+def located(machine: ClientSession, **positions: int) -> list[Effect]:
+    """Hops answer how far they are."""
+    effects: list[Effect] = []
+    names = {"ann": ANN, "bob": BOB}
+    for name, position in positions.items():
+        effects += machine.handle(Received(names[name], Consumed(SESSION, machine.epoch, position)))
+    return effects
+
+
+def reroutes(effects: list[Effect]) -> list[Rerouted]:
+    events = [effect.event for effect in effects if isinstance(effect, Emit)]
+    return [event for event in events if isinstance(event, Rerouted)]
+
+
+def test_a_late_step_makes_the_asker_look_for_the_late_hop() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    assert machine.wake_at is not None
+    assert abs(machine.wake_at - clock.now - 0.4) < 1e-6
+    assert machine.wake() == []
+    clock.now += 0.41
+    assert machine.wake() == [Send(ANN, Locate(SESSION)), Send(BOB, Locate(SESSION))]
+
+
+def test_the_standby_of_the_late_hop_is_asked_too_and_the_late_one_follows() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    follow(machine, YVES, 48)
+    clock.now += 0.41
+    machine.wake()
+
+    effects = located(machine, ann=50, bob=49)
+
+    route = [RouteSpan(ANN, 0, 4), RouteSpan(YVES, 4, 8)]
+    assert reroutes(effects) == [Rerouted(BOB, (4, 8), route, "late", stood_by=True)]
+    assert sends(effects, Close) == []
+    open_all(machine, 50, 48)
+    # The late answer may still be the first.
+    assert drawn(before(machine, 50)) == [50]
+    effects = draw(machine, 50)
+    assert sends(effects, Close) == []
+    effects = draw(machine, 51)
+    assert (BOB, 1, 1, True) in opens(effects)
+    assert reroutes(machine.handle(PeerLost(BOB))) == [], "nobody misses one that only follows"
+
+
+def test_a_hop_that_does_not_say_how_far_it_is_is_the_late_one() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    follow(machine, YVES, 48)
+    clock.now += 0.41
+    machine.wake()
+    assert located(machine, ann=50) == []
+    clock.now += 0.3
+    assert [event.lost for event in reroutes(machine.wake())] == [BOB]
+
+
+def test_the_first_hop_that_is_behind_is_the_late_one() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    follow(machine, ZOE, 48)
+    clock.now += 0.41
+    machine.wake()
+    assert [event.lost for event in reroutes(located(machine, ann=49, bob=49))] == [ANN]
+
+
+def test_nothing_is_done_about_a_late_step_when_all_have_done_theirs_or_nobody_followed() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    follow(machine, YVES, 48)
+    clock.now += 0.41
+    machine.wake()
+    assert located(machine, ann=50, bob=50) == []
+
+    machine = timed(clock)
+    machine._standbys.find(YVES).position = -CLOSE  # type: ignore[union-attr]
+    clock.now += 0.41
+    machine.wake()
+    assert located(machine, ann=50, bob=49) == []
+
+
+def test_a_token_ends_the_search() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    follow(machine, YVES, 48)
+    clock.now += 0.41
+    machine.wake()
+    draw(machine, 50)
+    assert located(machine, ann=50, bob=49) == []
+
+
+def test_hedges_are_few_and_fewer_when_they_were_in_vain() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    follow(machine, YVES, 48)
+    clock.now += 0.41
+    machine.wake()
+    located(machine, ann=50, bob=49)
+    open_all(machine, 50, 48)
+    before(machine, 50)
+    draw(machine, 50)
+    position, hedges = 51, 0
+    while position < 300:
+        clock.now += 0.2
+        draw(machine, position)
+        position += 1
+        hedges += machine.wake_at is not None and machine.wake_at - clock.now < 0.75
+    assert hedges == 0, "0.8 s, not 0.4"
+
+
+def test_a_peer_that_leaves_hands_over_once_somebody_follows_closely() -> None:
+    clock = Clock()
+    machine = timed(clock)
+    machine._standbys.find(YVES).position = -CLOSE  # type: ignore[union-attr]
+    assert machine.handle(Leaving(BOB)) == []
+
+    effects = follow(machine, YVES, 48)
+
+    [event] = reroutes(effects)
+    assert (event.lost, event.reason, event.stood_by) == (BOB, "leaving", True)
+    assert sends(effects, Close) == [], "it goes on until the new route has shown that it works"
+    open_all(machine, 50, 48)
+    assert drawn(before(machine, 50)) == [50]
+    assert [send.peer for send in sends(draw(machine, 50), Close)] == [BOB]
+
+
+def test_when_a_peer_leaves_that_nobody_follows_one_is_found_first() -> None:
+    spares: list[PeerId] = []
+    request = Request(artefact="0" * 64, prompt=range(140), max_new_tokens=100)
+
+    def spare(entry: RouteSpan, avoid: frozenset[PeerId]) -> PeerId | None:
+        return next((peer for peer in spares if peer not in avoid), None)
+
+    machine = ClientSession(SESSION, request, Plan(BOB, EVE), spare=spare)
+    machine.start()
+    open_all(machine)
+    draw(machine, 140)
+    spares.append(ZOE)
+    assert opens(machine.handle(Leaving(ANN))) == [(ZOE, 0, 0, True)]
+    assert steps(ready(machine, ZOE)) == [(0, 141, False)]
+    assert [event.reason for event in reroutes(follow(machine, ZOE, 141))] == ["leaving"]
+
+
+def test_a_standby_that_leaves_is_replaced() -> None:
+    machine = timed(Clock())
+    third = PeerId("d" * 64)
+    machine._spare = lambda entry, avoid: third
+    effects = machine.handle(Leaving(YVES))
+    assert [send.peer for send in sends(effects, Close)] == [YVES]
+    assert opens(effects) == [(third, 0, 1, True)]
+    assert reroutes(effects) == []
+
+
+def test_a_hop_whose_channel_broke_keeps_what_it_holds() -> None:
+    machine = session(Plan(BOB, EVE))
+    machine.start()
+    open_all(machine)
+    draw(machine, 3)
+
+    effects = machine.handle(PeerLost(BOB, alive=True))
+
+    assert machine.peers == [ANN, BOB]
+    assert [event.lost for event in reroutes(effects)] == [BOB]
+    effects = open_all(machine, 4, 4)
+    assert steps(effects) == [(3, 1, True)]
+    assert held(effects) == [[3, 3]]
+    machine.handle(PeerLost(BOB, alive=True))
+    assert machine.peers == [ANN, EVE], "twice without a token between is too much"
+
+
+def test_a_hop_that_another_cannot_reach_is_tried_again_before_it_is_replaced() -> None:
+    machine = session(Plan(BOB, EVE))
+    machine.start()
+    open_all(machine)
+    draw(machine, 3)
+    machine.handle(Received(ANN, Lost(SESSION, 0, BOB)))
+    assert machine.peers == [ANN, BOB]
+    machine.handle(Received(ANN, Lost(SESSION, 1, BOB)))
+    assert machine.peers == [ANN, EVE]
+
+
+def test_a_hop_that_has_left_the_swarm_is_not_tried_again() -> None:
+    machine = timed(Clock(), is_there=False)
+    machine._standbys = Standbys()
+    machine.handle(PeerLost(BOB, alive=True))
+    assert machine.peers == [ANN, EVE]
+
+
+def test_hops_that_do_not_answer_for_a_while_are_tried_again_and_not_for_ever() -> None:
+    clock = Clock()
+    machine = timed(clock, tails=[BOB])
+    machine._standbys = Standbys()
+    tries = 0
+    effects: list[Effect] = []
+    while not any(isinstance(effect, Finish) for effect in effects):
+        clock.now += 5
+        tries += 1
+        effects = machine.handle(PeerLost(BOB))
+    assert 4 <= tries <= 7
+    finish = effects[-1]
+    assert isinstance(finish, Finish)
+    assert isinstance(finish.error, NoRoute)
