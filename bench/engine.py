@@ -2,14 +2,21 @@
 
 All are in one process with the same number of threads and are asked in turn, round after round: a busy
 machine is then busy for all of them; medians. Compare figures of one run only. llama.cpp takes part when the
-bench-only extra is installed (`pip install 'corolla[bench]'`, which compiles for many minutes).
+bench-only extra is installed (`pip install 'corolla[bench]'`, which compiles for many minutes). Then 1, 4 and
+16 sessions go through the span with the default weights as on a peer, without a network.
 
     python -m bench.engine [--models 100m,1b] [--rounds 5] [--tokens 8] [--threads 1]
+    python -m bench.engine --device cuda
+
+On a GPU it is a model of 7 billion parameters in bf16 and nf4 instead, by itself: bytes of weights per second
+of one session over the rate at which the card copies memory, and tokens per second of 1, 16 and 64 sessions,
+for a span of 8 layers and one of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import importlib.util
 import json
@@ -21,10 +28,12 @@ from statistics import median
 
 import torch
 
+from bench import gpu, sessions
 from bench.engines import Engine, LlamaCpp, OneSpan, Times, transformers_engines
 from bench.gguf_file import write_gguf
-from bench.models import SHAPES, random_llama
+from bench.models import SHAPES, random_llama, save_llama
 from bench.one_process import prompt
+from peer.model.checkpoint import open_checkpoint
 from peer.settings import default_threads
 
 SPANS = {"f32": "none", "fp16": "fp16", "int8": "int8", "int8-fast": "int8-fast", "int4": "int4"}
@@ -33,6 +42,10 @@ CONTEXTS = (128, 1024)
 ROOM = 1152
 """Positions of every cache."""
 YARDSTICK = "transformers"
+WIDTHS = (1, 4, 16)
+"""Sessions at a time."""
+GPU_WIDTHS = (1, 16, 64)
+GPU_WEIGHTS = {"none": "bf16", "nf4": "nf4"}
 
 
 def log(text: str) -> None:
@@ -46,7 +59,7 @@ def engines(model: Path, folder: Path, threads: int) -> dict[str, Engine]:
         log(f"  loading {name}")
         found[name] = OneSpan(model, quantize, folder, ROOM)
     if has_llama_cpp():
-        for kind in ("Q8_0", "Q4_0"):
+        for kind in ("F32", "Q8_0", "Q4_0"):
             log(f"  writing {kind}")
             file = write_gguf(model, folder / f"{model.name}-{kind}.gguf", kind)
             found[f"llama.cpp {kind.lower()}"] = LlamaCpp(file, threads, ROOM)
@@ -108,6 +121,7 @@ def ratios(found: dict[str, dict[str, Times]]) -> dict[str, float | None]:
     return {
         "decode_vs_transformers": decode("fp16", YARDSTICK),
         "decode_vs_transformers_f32": decode("f32", YARDSTICK),
+        "decode_vs_llamacpp_f32": decode("f32", "llama.cpp f32"),
         "decode_vs_llamacpp_q8": decode("int8-fast", q8),
         "decode_vs_llamacpp_q4": decode("int4", "llama.cpp q4_0"),
         "prefill_vs_llamacpp_q8": (
@@ -128,25 +142,70 @@ def compare(shape: str, options: argparse.Namespace) -> dict[str, float | None]:
         parties = engines(model, folder, options.threads)
         with torch.inference_mode():
             found = measure(parties, options)
-    print(f"\nrandom Llama, {shape}")
-    show(found)
-    return ratios(found)
+        print(f"\nrandom Llama, {shape}")
+        show(found)
+        together = rates(parties["fp16"], options)
+    return {**ratios(found), "batch16_vs_1": round(together[16] / together[1], 3)}
+
+
+def rates(engine: Engine, options: argparse.Namespace) -> dict[int, float]:
+    """Tokens per second of so many sessions together, with the default weights."""
+    assert isinstance(engine, OneSpan)
+    log("  sessions together")
+    found = asyncio.run(sessions.rates(engine.span, WIDTHS, CONTEXTS[0], options.tokens, options.rounds))
+    print(f"\n  sessions together, fp16, at {CONTEXTS[0]}: tokens/s of all")
+    for width, rate in found.items():
+        print(f"    {width:3} sessions {rate:8.1f}   x{rate / found[1]:.2f}")
+    return found
+
+
+def on_gpu(shape: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What spans of a GPU reach: name of the figure -> weights and layers -> figure."""
+    result: dict[str, dict[str, float]] = {}
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with tempfile.TemporaryDirectory(prefix="corolla-engine-") as directory:
+        folder = Path(directory)
+        log(f"making the {shape} model")
+        model = save_llama(folder / shape, SHAPES[shape], dtype, options.device)
+        checkpoint = open_checkpoint(str(model))
+        for figures in gpu.measure(
+            checkpoint,
+            device,
+            list(GPU_WEIGHTS),
+            [min(8, checkpoint.layer_count - 1), checkpoint.layer_count],
+            GPU_WIDTHS,
+            tokens=options.tokens,
+            rounds=options.rounds,
+            kernels=folder / "kernels",
+        ):
+            name = f"{GPU_WEIGHTS[figures.weights]}, {figures.layers} layers"
+            print(f"  {name}: {figures.share:.2f} of the rate at which the device copies memory")
+            result.setdefault("bytes_vs_copy", {})[name] = round(figures.share, 6)
+            for width, rate in figures.rates.items():
+                print(f"    {width:3} sessions {rate:8.1f} tokens/s")
+                result.setdefault(f"tokens_per_s_{width}", {})[name] = round(rate, 2)
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="100m,1b", help="which, with commas")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for what a GPU reaches by itself")
+    parser.add_argument("--models", help="which of 100m, 1b and 7b, with commas [100m,1b; 7b on a GPU]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=8, help="tokens of each engine in a round")
     parser.add_argument("--threads", type=int, default=default_threads(), help="compute threads of each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.device != "cpu":
+        print(json.dumps(on_gpu(options.models or "7b", options)))
+        return
     print(f"{options.threads} threads of {os.cpu_count()} cores, torch {torch.__version__}")
     if not has_llama_cpp():
         print("llama.cpp takes no part: the bench extra is not installed")
-    results = {shape: compare(shape, options) for shape in options.models.split(",")}
+    results = {shape: compare(shape, options) for shape in (options.models or "100m,1b").split(",")}
     keys = next(iter(results.values()))
     print(json.dumps({key: {shape: result[key] for shape, result in results.items()} for key in keys}))
 

@@ -26,7 +26,7 @@ ENDS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 
 def write_gguf(model: Path, file: Path, kind: str) -> Path:
-    """`kind` is Q8_0 or Q4_0; embedding and head have 8 bits in both, as our own head; norms are float32."""
+    """`kind` is F32, Q8_0 or Q4_0. With both of these embedding and head have 8 bits, as our own head."""
     import gguf
 
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
@@ -45,7 +45,8 @@ def write_gguf(model: Path, file: Path, kind: str) -> Path:
     checkpoint = open_checkpoint(str(model))
     for name in sorted(checkpoint.tensor_names):
         tensor = _as_llama_cpp(name, checkpoint.read(name).float(), config)
-        wanted = "F32" if tensor.ndim == 1 else "Q8_0" if name.removesuffix(".weight") in ENDS else kind
+        at_the_ends = name.removesuffix(".weight") in ENDS
+        wanted = "F32" if tensor.ndim == 1 else "Q8_0" if at_the_ends and kind != "F32" else kind
         form = gguf.GGMLQuantizationType[wanted]
         writer.add_tensor(_name(name), gguf.quants.quantize(tensor, form), raw_dtype=form)
     writer.write_header_to_file()

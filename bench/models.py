@@ -22,6 +22,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "tie_word_embeddings": False,
+    },
 }
 """What `random_llama` changes for models of about so many parameters."""
 
@@ -31,6 +39,11 @@ def random_llama(directory: Path, **changes: int) -> Path:
 
     `changes` replaces entries of the config. The tokenizer is the demo model's, so that one can chat with it.
     """
+    return save_llama(directory, changes, torch.float32, "cpu")
+
+
+def save_llama(directory: Path, changes: dict[str, int], dtype: torch.dtype, device: str) -> Path:
+    """The same in any dtype; a GPU draws the numbers of a large model in seconds."""
     shape: dict[str, Any] = {
         "hidden_size": 768,
         "intermediate_size": 2048,
@@ -44,7 +57,8 @@ def random_llama(directory: Path, **changes: int) -> Path:
     }
     torch.manual_seed(0)
     config = LlamaConfig(**{**shape, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
     for name in TOKENIZER_FILES:
         source = Path(DEMO_MODEL) / name

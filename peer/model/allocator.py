@@ -19,7 +19,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
-WHILE_LOADING_BYTES = 1 << 20
+WHILE_LOADING_BYTES = 1 << 18
 """Larger pieces get memory of their own, which goes back to the system when they are freed."""
 KEPT_BYTES = 256 << 20
 """What is freed while computing is kept up to this size; glibc's own limit is 32 MB."""

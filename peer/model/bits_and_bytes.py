@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from peer.model.unread import Matrix
 from peer.model.weights import Weights
 
 OUTLIER = 6.0
@@ -25,8 +26,9 @@ def _library() -> Any:  # noqa: ANN401 - untyped there
 class Nf4(Weights):
     """Four bits a number, in blocks of 64 with a float32 scale each. Relative error 9 %."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.outputs, self.inputs = weight.shape
+    def __init__(self, matrix: Matrix) -> None:
+        self.outputs, self.inputs = matrix.shape
+        weight = matrix[:]
         functional = _library().functional
         self._values, self._state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
 
@@ -45,8 +47,9 @@ class Nf4(Weights):
 class LlmInt8(Weights):
     """Eight bits a number with one scale per output, activations in 8 bits but for outliers: LLM.int8()."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.outputs, self.inputs = weight.shape
+    def __init__(self, matrix: Matrix) -> None:
+        self.outputs, self.inputs = matrix.shape
+        weight = matrix[:]
         self._dtype: torch.dtype = weight.dtype
         self._values, self._scales, _ = _library().functional.int8_vectorwise_quant(weight.half())
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from peer.model.errors import NoKernel
+from peer.model.unread import Matrix, pieces
 from peer.model.weights import Weights
 
 SOURCE = Path(__file__).with_name("block_quant.c")
@@ -53,16 +54,20 @@ class BlockQuantized(Weights):
         self._multiply = kernel.multiply_8 if bits == 8 else kernel.multiply_4
 
     @classmethod
-    def pack(cls, kernel: Any, bits: int, weight: torch.Tensor) -> BlockQuantized:  # noqa: ANN401
-        """Round a matrix [outputs, inputs]."""
-        weight = weight.float().contiguous()
-        outputs, inputs = weight.shape
-        blocks = -(-outputs // TILE) * -(-inputs // BLOCK)
-        values = torch.empty(blocks * TILE * BLOCK * bits // 8, dtype=torch.uint8)
-        scales = torch.empty(blocks * TILE, dtype=torch.float16)
+    def pack(cls, kernel: Any, bits: int, matrix: Matrix) -> BlockQuantized:  # noqa: ANN401
+        """Round a matrix, some tiles at a time."""
+        outputs, inputs = matrix.shape
+        tiles, blocks = -(-outputs // TILE), -(-inputs // BLOCK)
+        values = torch.empty(tiles, blocks * TILE * BLOCK * bits // 8, dtype=torch.uint8)
+        scales = torch.empty(tiles, blocks * TILE, dtype=torch.float16)
         threads = torch.get_num_threads()
-        kernel.pack(weight.data_ptr(), outputs, inputs, bits, values.data_ptr(), scales.data_ptr(), threads)
-        return cls(kernel, bits, outputs, inputs, values, scales)
+        for rows, piece in pieces(matrix, multiple=TILE):
+            # Held by its name until the kernel is done with the memory.
+            numbers = piece.contiguous()
+            first = rows.start // TILE
+            into = values[first].data_ptr(), scales[first].data_ptr()
+            kernel.pack(numbers.data_ptr(), len(numbers), inputs, bits, *into, threads)
+        return cls(kernel, bits, outputs, inputs, values.view(-1), scales.view(-1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.float().contiguous()

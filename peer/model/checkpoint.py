@@ -122,14 +122,32 @@ class Checkpoint:
         Others are copied: of a mapped file all that was looked at counts as this process's memory.
         """
         stored = self.tensor(name)
+        if self.dtype_of(name) == in_place:
+            tensor = self._mapped(stored)
+        else:
+            tensor = self._copied(stored, stored.start, stored.shape)
+        with self._lock:
+            self.bytes_read += stored.bytes
+        return tensor
+
+    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Rows [start, end) of a tensor as it is stored, counted through all its matrices."""
+        stored = self.tensor(name)
+        columns = stored.shape[-1]
+        row_bytes = columns * self.dtype_of(name).itemsize
+        rows = self._copied(stored, stored.start + start * row_bytes, (end - start, columns))
+        with self._lock:
+            self.bytes_read += rows.nbytes
+        return rows
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which a tensor is stored. Raises UnsupportedModel for what is not read."""
+        stored = self.tensor(name)
         if stored.dtype not in READABLE:
             raise UnsupportedModel(
                 f"{self.name} stores {name} as {stored.dtype}: only float32, float16 and bfloat16 are loaded"
             )
-        tensor = self._mapped(stored) if READABLE[stored.dtype] == in_place else self._copied(stored)
-        with self._lock:
-            self.bytes_read += stored.bytes
-        return tensor
+        return READABLE[stored.dtype]
 
     def _mapped(self, stored: StoredTensor) -> torch.Tensor:
         with self._lock:
@@ -138,10 +156,11 @@ class Checkpoint:
             tensor: torch.Tensor = self._open_files[stored.file].get_tensor(stored.stored_name)
         return tensor
 
-    def _copied(self, stored: StoredTensor) -> torch.Tensor:
-        tensor = torch.empty(stored.shape, dtype=READABLE[stored.dtype])
+    def _copied(self, stored: StoredTensor, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """So many numbers from byte `start` of the tensor's file on."""
+        tensor = torch.empty(shape, dtype=READABLE[stored.dtype])
         with self._locate(stored.file).open("rb", buffering=0) as file:
-            file.seek(stored.start)
+            file.seek(start)
             into = memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
             while len(into) and (count := file.readinto(into)):
                 into = into[count:]

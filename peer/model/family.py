@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from peer.model.anatomy import Anything
 from peer.model.errors import UnsupportedModel
+from peer.model.unread import Unread
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """The kinds of layers that keep keys and values per position, and nothing else."""
@@ -104,6 +105,11 @@ def packable(model: PreTrainedModel) -> dict[str, bool]:
     return found
 
 
+def fused_experts(model: PreTrainedModel) -> set[str]:
+    """The parameters that hold one matrix per expert: a checkpoint may store these one by one."""
+    return {name for name, weight in model.named_parameters() if weight.dim() == 3}
+
+
 def _experts_flipped(part: nn.Module) -> bool | None:
     """Whether the matrices of fused experts are [experts, inputs, outputs]; None for other parts."""
     # The one family that fuses experts and does not tell.
@@ -145,19 +151,23 @@ def put(model: PreTrainedModel, name: str, weight: torch.Tensor) -> None:
 
 def names_to_read(
     model: PreTrainedModel, names: Iterable[str], without: frozenset[str] | set[str] = frozenset()
-) -> list[str]:
-    """Those tensors of a checkpoint that become part of what is in `model`, but for parameters `without`."""
+) -> dict[str, str]:
+    """Those tensors of a checkpoint that become part of what is in `model`, but for parameters `without`.
+
+    Each with the parameter that it becomes, or the first one of several.
+    """
     rules = get_model_conversion_mapping(model) or []
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     held = {name: tensor for name, tensor in model.state_dict().items() if name not in without}
 
-    def wanted(name: str) -> bool:
+    def parameter(name: str) -> str:
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
-        return renamed in held or name in held
+        return renamed if renamed in held else name
 
     # Sorted, because some rules look at the names in order.
-    return [name for name in sorted(names) if wanted(name)]
+    found = {name: parameter(name) for name in sorted(names)}
+    return {name: parameter for name, parameter in found.items() if parameter in held}
 
 
 class Pack(Protocol):
@@ -194,12 +204,12 @@ class _PackWhileReading:
 
     def _converted(self, model: PreTrainedModel, name: str, found: Anything) -> torch.Tensor:
         tensor: torch.Tensor = found[0] if isinstance(found, list) else found
-        if not self._packing.wants(name):
-            return tensor
-        if tensor.shape != model.get_parameter(name).shape:
+        wants = self._packing.wants(name)
+        if wants and tensor.shape == model.get_parameter(name).shape:
+            return self._packing.pack(name, tensor)
+        if wants:
             self._misfits.add(name)
-            return tensor
-        return self._packing.pack(name, tensor)
+        return tensor.dense() if isinstance(tensor, Unread) else tensor
 
 
 def fill(

@@ -183,14 +183,14 @@ class Joining:
     """Lets a model's forward pass serve several sessions: attention goes through `JointCache.attend`."""
 
     def __init__(self, model: PreTrainedModel, *, gathers: bool) -> None:
-        self._gathers = gathers
+        self.gathers = gathers
         configs: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
         self._configs: list[PretrainedConfig] = list({id(config): config for config in configs}.values())
         self._usual = [config._attn_implementation for config in self._configs]
 
     def cache(self, caches: Sequence[KVCache], counts: Sequence[int]) -> JointCache:
         """The caches of several sessions as this model needs them."""
-        return JointCache(caches, counts, gathers=self._gathers)
+        return JointCache(caches, counts, gathers=self.gathers)
 
     @contextmanager
     def through(self, cache: JointCache) -> Iterator[None]:

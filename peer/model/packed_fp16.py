@@ -6,11 +6,20 @@ torch's float32 product takes M times as long for M = 2 to 4 rows. Relative erro
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from peer.model.unread import Matrix, pieces
 from peer.model.weights import Weights
 
 LARGEST = torch.finfo(torch.float16).max
+
+BLOCK = 512
+"""Inputs that FBGEMM keeps together; the last block is filled up, and so takes more than was read."""
+
+PART = 1 << 23
+"""Numbers that FBGEMM packs as one matrix: while it does they are in memory in float32 as well."""
 
 
 def available() -> bool:
@@ -21,28 +30,31 @@ def available() -> bool:
 class PackedFp16(Weights):
     """A matrix in FBGEMM's own layout. `dense` takes 0.1 s for 11 million weights: for training alone."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.outputs, self.inputs = weight.shape
-        # Beyond its range FBGEMM would saturate with a warning for each matrix; so do we, without.
-        weight = weight.float().contiguous()
-        least, most = weight.aminmax()
-        if max(-float(least), float(most)) > LARGEST:
-            weight = weight.clamp(-LARGEST, LARGEST)
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
+    def __init__(self, matrix: Matrix) -> None:
+        self.outputs, self.inputs = matrix.shape
+        self._parts = [_pack(rows) for _, rows in pieces(matrix, numbers=PART, multiple=64)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See Weights. Bitwise the same for a row alone and among others."""
-        result: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
-        return result
+        x = x.float()
+        results = [torch.ops.quantized.linear_dynamic_fp16(x, part) for part in self._parts]
+        return results[0] if len(results) == 1 else torch.cat(results, -1)
 
     def dense(self) -> torch.Tensor:
-        weight: torch.Tensor
-        weight, _ = torch.ops.quantized.linear_unpack_fp16(self._packed)
-        return weight.float()
+        return torch.cat([torch.ops.quantized.linear_unpack_fp16(part)[0].float() for part in self._parts])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {}
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.outputs * self.inputs
+        filled = (-(-size // block) * block for size, block in ((self.outputs, 16), (self.inputs, BLOCK)))
+        return 2 * math.prod(filled)
+
+
+def _pack(rows: torch.Tensor) -> object:
+    # Beyond its range FBGEMM would saturate with a warning for each matrix; so do we, without.
+    least, most = rows.aminmax()
+    if max(-float(least), float(most)) > LARGEST:
+        rows = rows.clamp(-LARGEST, LARGEST)
+    return torch.ops.quantized.linear_prepack_fp16(rows.contiguous(), None)

@@ -10,7 +10,24 @@ from transformers import PreTrainedModel
 from peer.model import family
 from peer.model.quantization import Form, Quantization, pack_matrices
 from peer.model.quantized_cache import QuantizedCache, layer_of
+from peer.model.unread import Unread
 from peer.model.weights import PackedWeight, Weights
+
+
+class Joiner:
+    """Keeps all weights as they are, and reads the experts of a layer into the memory that they stay in."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        self._experts = family.fused_experts(model)
+        self._device = device
+
+    def wants(self, name: str) -> bool:
+        """Whether this parameter may be made of many tensors."""
+        return name in self._experts
+
+    def pack(self, _: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The numbers of one parameter."""
+        return tensor.dense(self._device) if isinstance(tensor, Unread) else tensor
 
 
 class Packer:
@@ -67,7 +84,9 @@ class Packer:
         if self._head is not None and self._head not in self.restored:
             family.put(self._model, self._head, self.pack(self._head, tensor))
         form = self._quantization.embedding
-        return PackedWeight.of([form.pack(tensor)], tensor.shape, tensor) if form else tensor
+        if form is None:
+            return tensor.dense() if isinstance(tensor, Unread) else tensor
+        return PackedWeight.of(pack_matrices(form, tensor, flipped=False), tensor.shape, tensor)
 
     def restore(self) -> None:
         """Take the layers that are on disk as a whole, and put them into the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from peer.model.block_quant import BlockQuantized
 from peer.model.errors import NoKernel
 from peer.model.int8 import Int8
 from peer.model.packed_fp16 import PackedFp16
+from peer.model.unread import Matrix, Unread
 from peer.model.weights import Rows, Weights
 from shared.errors import SettingsError
 
@@ -33,7 +34,7 @@ class Form:
     """
 
     name: str
-    pack: Callable[[torch.Tensor], Weights]
+    pack: Callable[[Matrix], Weights]
     restore: Callable[[Mapping[str, torch.Tensor], int, int], Weights] | None = None
 
 
@@ -48,6 +49,8 @@ class Quantization:
     layers: Form
     head: Form
     embedding: Form | None = None
+    rounds: bool = False
+    """Activations are rounded coarsely too: a difference in a last digit may become one of a whole step."""
 
     @property
     def cacheable(self) -> bool:
@@ -88,7 +91,7 @@ def _for_cuda(asked: str) -> Quantization:
     forms: dict[str, Form] = {"int8": Form("llm-int8", LlmInt8), "nf4": Form("nf4", Nf4)}
     if asked not in forms:
         raise SettingsError(f"--quantize {asked} is for CPUs: on a GPU write int8 or nf4")
-    return Quantization(forms[asked].name, forms[asked], forms[asked])
+    return Quantization(forms[asked].name, forms[asked], forms[asked], rounds=asked == "int8")
 
 
 def _for_cpu(asked: str, kernels: Path) -> Quantization:
@@ -99,7 +102,7 @@ def _for_cpu(asked: str, kernels: Path) -> Quantization:
         return Quantization("fp16", form, form, ROWS)
     if asked == "int8":
         form = Form("int8", Int8.pack, _restore_int8)
-        return Quantization("int8", form, form, ROWS)
+        return Quantization("int8", form, form, ROWS, rounds=True)
     if asked == "nf4":
         log.warning("nf4 is several times slower on a CPU than full precision: int4 takes as little memory")
         form = Form("nf4", Nf4)
@@ -109,7 +112,7 @@ def _for_cpu(asked: str, kernels: Path) -> Quantization:
     except NoKernel as error:
         raise SettingsError(f"--quantize {asked} is not possible here: {error}; int8 needs none") from error
     # The head decides between tokens and is a small part of most models: it keeps 8 bits.
-    return Quantization(asked, eight if asked == "int8-fast" else four, eight, ROWS)
+    return Quantization(asked, eight if asked == "int8-fast" else four, eight, ROWS, rounds=True)
 
 
 def _restore_int8(tensors: Mapping[str, torch.Tensor], _: int, inputs: int) -> Weights:
@@ -127,5 +130,9 @@ def _block_form(kernels: Path, bits: int) -> Form:
 
 def pack_matrices(form: Form, tensor: torch.Tensor, *, flipped: bool) -> Sequence[Weights]:
     """A matrix, or one for each expert, of a tensor [(experts,) outputs, inputs]; flipped: inputs before."""
-    matrices = tensor if tensor.dim() == 3 else tensor[None]
-    return [form.pack(matrix.T if flipped else matrix) for matrix in matrices]
+    matrices: Iterable[Matrix]
+    if isinstance(tensor, Unread):
+        matrices = tensor.matrices
+    else:
+        matrices = tensor if tensor.dim() == 3 else tensor[None]
+    return [form.pack(matrix[:].T if flipped else matrix) for matrix in matrices]

@@ -42,12 +42,17 @@ from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.extras import NOTHING, Adapter, Extras, matrix_shape
 from peer.model.joint import Joining, JointCache, may_join
 from peer.model.kv_cache import Buffer, Int8Buffer, KVCache
-from peer.model.packing import Packer
+from peer.model.packing import Joiner, Packer
 from peer.model.quantization import Quantization
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.source import Progress
+from peer.model.unread import Unread
 
 log = logging.getLogger(__name__)
+
+ROUNDED = 0.1
+"""How far one session's numbers may lie from the same made in another order, where activations are rounded: a
+last digit can change a rounding, and that an expert's choice. Looking at another session changes more."""
 
 
 @dataclass
@@ -150,7 +155,7 @@ class Span:
             span._fill(checkpoint, quantization, quantized, progress)
         span.bytes_read = checkpoint.bytes_read - read_before
         span._token_bytes = span._try_out()
-        span._try_joining()
+        span._try_joining(rounds=quantization is not None and quantization.rounds)
         return span
 
     @property
@@ -205,8 +210,13 @@ class Span:
 
         Gives for each row hidden states [1, count, hidden]; or, where the model ends, float32 logits
         [1, wanted, vocab] of its last positions, None for a row that wants none.
+
+        A single position is computed in the same way alone and in company: with packed weights it gets the
+        same bits.
         """
-        if len(rows) > 1 and self._joining is not None:
+        if self._joining is not None and (
+            len(rows) > 1 or (rows[0].count == 1 and not self._joining.gathers)
+        ):
             return self._together(rows, self._joining)
         return [self._one_row(row) for row in rows]
 
@@ -413,9 +423,14 @@ class Span:
             self._drop_tied_embedding(packer)
         names = family.names_to_read(model, checkpoint.tensor_names, packer.skipped if packer else set())
         checkpoint.fetch(names, progress)
+        taker = packer or Joiner(model, self.device)
+        # What GPUs pack is on them as a whole before.
+        piecewise = {name for name, parameter in names.items() if taker.wants(parameter)}
+        if packer and self.device.type != "cpu":
+            piecewise = set()
         # Mapped files count as memory once they are read: only tensors that are used as they lie stay so.
-        in_place = None if packer else self.dtype
-        family.fill(model, read_later(checkpoint, names, progress, in_place), self.dtype, self.device, packer)
+        tensors = read_later(checkpoint, list(names), progress, None if packer else self.dtype, piecewise)
+        family.fill(model, tensors, self.dtype, self.device, taker if packer or piecewise else None)
         if packer:
             self._drop_tied_embedding(packer)
 
@@ -473,7 +488,7 @@ class Span:
             )
         return kept
 
-    def _try_joining(self) -> None:
+    def _try_joining(self, *, rounds: bool) -> None:
         """Find out whether one pass serves several sessions exactly, by two sessions and each of them alone.
 
         A family whose attention does not go through the registered function, or whose masks or positions are
@@ -482,20 +497,12 @@ class Span:
         if not self._takes_positions or not may_join(self._model):
             return
         expected = [self.forward(inputs, cache, cache.length) for inputs, cache in self._trial_sessions()]
-        tolerance = max(1e-4, 4 * torch.finfo(self.dtype).eps, 4 * self._unevenness(expected[0]))
+        tolerance = max(1e-4, 4 * torch.finfo(self.dtype).eps, ROUNDED if rounds else 0)
         for gathers in (False, True):
             joining = Joining(self._model, gathers=gathers)
             if self._joins_exactly(joining, expected, tolerance):
                 self._joining = joining
                 return
-
-    def _unevenness(self, expected: torch.Tensor) -> float:
-        """How much a trial session changes when its positions come one by one: some weights round so."""
-        inputs, cache = self._trial_sessions()[0]
-        for place in range(inputs.shape[1]):
-            last = self.forward(inputs[:, place : place + 1], cache, cache.length)
-        difference = (last[:, -1] - expected[:, -1]) if last.dim() == 3 else last - expected
-        return min(0.02, float(difference.float().norm() / last.float().norm()))
 
     def _joins_exactly(self, joining: Joining, expected: Sequence[torch.Tensor], tolerance: float) -> bool:
         try:
@@ -604,8 +611,9 @@ def read_later(
     names: list[str],
     progress: Progress | None,
     in_place: torch.dtype | None,
+    piecewise: set[str],
 ) -> dict[str, Later]:
-    """The named tensors, each read on first use; `progress` hears of every one.
+    """The named tensors, each read on first use, or `piecewise` where that is asked; `progress` hears of all.
 
     Those stored in the dtype `in_place` stay in their files, mapped into memory; others are copied.
     """
@@ -613,11 +621,22 @@ def read_later(
     before = checkpoint.bytes_read
     telling = threading.Lock()
 
-    def read(name: str) -> torch.Tensor:
-        tensor = checkpoint.read(name, in_place=in_place)
+    def tell() -> None:
         if progress is not None:
             with telling:
-                progress(checkpoint.bytes_read - before, total)
+                # A head that shares the embedding's numbers reads them a second time.
+                progress(min(total, checkpoint.bytes_read - before), total)
+
+    def read_rows(name: str, start: int, end: int) -> torch.Tensor:
+        rows = checkpoint.read_rows(name, start, end)
+        tell()
+        return rows
+
+    def read(name: str) -> torch.Tensor:
+        if name in piecewise and len(checkpoint.tensor(name).shape) in (2, 3):
+            return Unread.stored(checkpoint, name, partial(read_rows, name))
+        tensor = checkpoint.read(name, in_place=in_place)
+        tell()
         return tensor
 
     return {name: Later(partial(read, name)) for name in names}

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as trees
 
+from peer.model.unread import Matrix, pieces
+
 
 class Weights(ABC):
     """One matrix [outputs, inputs], in the form that is best for this machine."""
@@ -44,11 +46,14 @@ class Weights(ABC):
 class Rows(Weights):
     """An embedding: rows that are looked up, kept in float16 if their numbers allow it."""
 
-    def __init__(self, table: torch.Tensor) -> None:
-        self.outputs, self.inputs = table.shape
-        least, most = table.aminmax()
-        fits = max(-float(least), float(most)) <= torch.finfo(torch.float16).max
-        self._table = table.half() if fits else table
+    def __init__(self, matrix: Matrix) -> None:
+        self.outputs, self.inputs = matrix.shape
+        self._table = torch.empty(self.outputs, self.inputs, dtype=torch.float16)
+        for rows, piece in pieces(matrix):
+            if float(piece.abs().max()) > torch.finfo(torch.float16).max:
+                self._table = matrix[:].float()
+                break
+            self._table[rows] = piece
 
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids [...] -> float32 [..., inputs]."""

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
+from peer.model.checkpoint import Checkpoint, open_checkpoint
 from peer.model.errors import BadInputs, CacheFull
 from peer.model.kv_cache import KVCache
-from peer.model.span import Span
-from tests.peer.model.families import CAPACITY, LAYERS, NAMED, VOCAB, WIDER, Tiny, random_tokens, tiny
+from peer.model.span import Row, Span
+from tests.peer.model.families import (
+    CAPACITY,
+    LAYERS,
+    NAMED,
+    VOCAB,
+    WIDER,
+    Tiny,
+    config_of,
+    random_model,
+    random_tokens,
+    save,
+    tiny,
+)
+from tests.peer.model.quantizations import FAST, quantization
 
 LENGTH = 24
 HELD = (0, 3, 11, 12, 17)
@@ -148,6 +167,49 @@ def test_positions_that_follow_the_longest_session_are_computed_one_by_one(kind:
     assert not any(span.joins_sessions for span in model.spans)
 
 
+# ---------------------------------------------------------------- packed weights
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_with_packed_weights_a_token_costs_the_same_bits_alone_and_among_twenty(name: str) -> None:
+    """At each of three steps the logits of every session equal those of its twin, which is alone."""
+    span = Span.load(wide(), 0, 2, quantization=quantization(name))
+    texts = [random_tokens(1, 3 * number + 5) for number in range(20)]
+    company, alone = ([span.new_cache(0, 2, 80) for _ in texts] for _ in range(2))
+    for text, one, other in zip(texts, company, alone, strict=True):
+        for cache in (one, other):
+            span.forward(text[:, :-3], cache, 0)
+
+    for back in (3, 2, 1):
+        inputs = [text[:, text.shape[1] - back].unsqueeze(1) for text in texts]
+        together = span.forward_rows([row(span, *pair) for pair in zip(inputs, company, strict=True)])
+        for token, cache, mine in zip(inputs, alone, together, strict=True):
+            (expected,) = span.forward_rows([row(span, token, cache)])
+            assert expected is not None and mine is not None and torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3", "mixtral"])
+def test_rounded_activations_do_not_keep_sessions_apart(family: str, name: str) -> None:
+    assert Span.load(tiny(family).checkpoint, 0, LAYERS, quantization=quantization(name)).joins_sessions
+
+
+@functools.cache
+def wide() -> Checkpoint:
+    """Rows long enough that sums made in another order would differ, and would change roundings."""
+    directory = Path(tempfile.mkdtemp(prefix="corolla-wide-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    save(random_model(config_of("llama", **sizes, **heads, vocab_size=VOCAB)), directory)
+    return open_checkpoint(str(directory))
+
+
+def row(span: Span, inputs: torch.Tensor, cache: KVCache) -> Row:
+    return span.row(inputs, cache, cache.length)
+
+
 # ---------------------------------------------------------------- eight bits
 
 
@@ -156,6 +218,7 @@ def test_eight_bit_caches_give_the_same_alone_and_together_and_nearly_what_the_m
     family: str,
 ) -> None:
     model = tiny(family)
+    torch.manual_seed(3)
     held = Span.load(model.checkpoint, 0, LAYERS, int8_kv=True)
     texts = [random_tokens(1, 20) for _ in range(3)]
     alone = [held.new_cache(0, LAYERS, CAPACITY) for _ in texts]

@@ -308,7 +308,7 @@ async def test_a_pass_that_fails_as_a_whole_is_computed_one_by_one(monkeypatch: 
     attend = JointCache.attend
 
     def fails(joint: JointCache, *arguments: Any) -> torch.Tensor:  # noqa: ANN401
-        if joint.attended == 3:
+        if len(joint.caches) > 1 and joint.attended == 3:
             raise RuntimeError("out of memory")
         return attend(joint, *arguments)
 
