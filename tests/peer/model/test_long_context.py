@@ -79,7 +79,7 @@ def test_the_last_of_131_072_positions_are_computed_as_by_the_whole_model(tmp_pa
     assert logits is not None and cache.length == MOST
     with torch.inference_mode():
         expected = whole(text, past_key_values=theirs, logits_to_keep=1).logits[:, -1]
-    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits[:, -1], expected, rtol=1e-3, atol=1e-4)
     assert cache.bytes == MOST * span.kv_bytes_per_token(0, LAYERS)
     with pytest.raises(CacheFull):
         span.row(text[:, :1], cache, MOST)
