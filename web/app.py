@@ -18,6 +18,7 @@ from yarl import URL
 from shared.errors import SettingsError
 from web.access import LOCAL_HOSTS, access_middleware
 from web.event_stream import KEEPALIVE_S, EventStream
+from web.line import PATIENCE_S, WaitingLines
 from web.openai.chat import ChatCompletions
 from web.openai.errors import errors_as_json
 from web.openai.models import Models
@@ -43,6 +44,8 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     allowed_hosts: tuple[str, ...] = ()
     """Names beside localhost under which people reach this gateway."""
     keepalive_s: float = KEEPALIVE_S
+    patience_s: float = PATIENCE_S
+    """How long a question waits for room when the swarm is full."""
     static: Path = STATIC
 
 
@@ -104,7 +107,11 @@ class Gateway:
         page = Page(self._settings.static)
         models = Models(self._swarm, self._feed)
         chat = ChatCompletions(
-            self._swarm, models, TokenizerCache(self._swarm, tokenizers), self._settings.keepalive_s
+            self._swarm,
+            WaitingLines(self._swarm, patience_s=self._settings.patience_s),
+            models,
+            TokenizerCache(self._swarm, tokenizers),
+            self._settings.keepalive_s,
         )
         page.add_routes(app.router)
         app.router.add_get("/healthz", self._get_health)

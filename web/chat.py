@@ -9,9 +9,9 @@ from typing import Literal, assert_never
 
 import msgspec
 
-from shared.client.session import Drawn, Request, Rerouted
+from shared.client.session import Drawn, Rerouted
 from shared.protocol import Hop
-from web.swarm import Swarm
+from web.line import Waiting
 from web.text import Decode, Detokenizer, StopStrings
 
 FinishReason = Literal["stop", "length"]
@@ -42,24 +42,23 @@ class Ended(msgspec.Struct, frozen=True):
     """Of the whole answer, with the stop token."""
 
 
-AnswerEvent = Said | Rerouted | Ended
+AnswerEvent = Said | Rerouted | Waiting | Ended
 
 
 async def answer(
-    swarm: Swarm,
-    request: Request,
+    events: AsyncGenerator[Drawn | Rerouted | Waiting, None],
     decode: Decode,
     stops: Sequence[str] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> AsyncGenerator[AnswerEvent, None]:
-    """Ask, and tell the text as soon as it is certain; exactly one `Ended` comes last.
+    """Tell the text of these tokens as soon as it is certain; exactly one `Ended` comes last.
 
-    Leaving the iteration ends the session at every peer. Raises what `Swarm.generate` raises.
+    Leaving the iteration ends the session at every peer. Raises what the events raise.
     """
     text = _Text(decode, stops)
     traces = _Traces(clock)
     stopped = False
-    async with aclosing(swarm.generate(request)) as events:
+    async with aclosing(events):
         async for event in events:
             match event:
                 case Drawn(stop=stopped):
@@ -68,7 +67,7 @@ async def answer(
                         yield Said(piece, traces.take())
                     if text.ended:
                         break
-                case Rerouted():
+                case Rerouted() | Waiting():
                     yield event
                 case _:
                     assert_never(event)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Protocol
 
 from shared.channel import PathReport
@@ -30,8 +30,13 @@ class Swarm(Protocol):
     def relays(self) -> Iterable[Relay]:
         """At least one; the one that answers fastest comes first."""
 
-    def generate(self, request: Request) -> AsyncGenerator[Drawn | Rerouted, None]:
-        """Tokens and re-routes until the answer is complete. Raises NoRoute, Busy or SessionFailed."""
+    def generate(
+        self, request: Request, reserved: Callable[[], None] = ...
+    ) -> AsyncGenerator[Drawn | Rerouted, None]:
+        """Tokens and re-routes until the answer is complete. Raises NoRoute, NoRoom, Busy or SessionFailed.
+
+        `reserved` is called when every hop of a route has room for all of it.
+        """
 
     async def fetch_files(self, artefact: str) -> Mapping[str, bytes]:
         """The tokenizer files of an artefact. Raises NoRoute or ConnectionLost."""

@@ -12,7 +12,7 @@ import asyncio
 import hashlib
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import msgspec
 from tokenizers import Tokenizer
@@ -170,7 +170,9 @@ class FakeSwarm:
         await asyncio.sleep(0)
         return self.files
 
-    async def generate(self, request: Request) -> AsyncGenerator[Drawn | Rerouted, None]:
+    async def generate(
+        self, request: Request, reserved: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Drawn | Rerouted, None]:
         self.requests.append(request)
         script = self._scripts.popleft() if self._scripts else [Say("Hello."), Stop()]
         position, end = len(request.prompt), len(request.prompt) + request.max_new_tokens
@@ -186,6 +188,7 @@ class FakeSwarm:
                     case Exception():
                         raise part
                     case Say() | Raw() | Stop():
+                        reserved()
                         for token in self._tokens(part):
                             await asyncio.sleep(0)
                             yield Drawn(position, token, self._hops(request), isinstance(part, Stop))

@@ -39,7 +39,7 @@ async def swarm(tokenizer: Tokenizer, files: dict[str, bytes]) -> FakeSwarm:
 
 @pytest.fixture
 async def gateway(swarm: FakeSwarm, data_dir: Path) -> AsyncIterator[Gateway]:
-    settings = GatewaySettings(data_dir=data_dir, keepalive_s=0.05)
+    settings = GatewaySettings(data_dir=data_dir, keepalive_s=0.05, patience_s=0)
     async with Gateway(settings, swarm) as gateway:
         yield gateway
     assert swarm.running == 0, "an answer outlived the gateway"
@@ -47,7 +47,7 @@ async def gateway(swarm: FakeSwarm, data_dir: Path) -> AsyncIterator[Gateway]:
 
 @pytest.fixture
 async def http(gateway: Gateway) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(gateway.url, timeout=aiohttp.ClientTimeout(10)) as session:
+    async with aiohttp.ClientSession(gateway.url, timeout=aiohttp.ClientTimeout(60)) as session:
         yield session
 
 

@@ -198,7 +198,7 @@ async def test_a_port_that_is_taken_is_told_in_one_sentence(gateway: Gateway, sw
 
 async def test_closing_ends_running_answers_and_watchers(swarm: FakeSwarm) -> None:
     swarm.script(Say("one"), Pause(asyncio.Event()))
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as http:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as http:
         async with Gateway(GatewaySettings(), swarm) as gateway:
             answer = await http.post(f"{gateway.url}{CHAT}", json=chat(stream=True))
             await answer.content.readuntil(b"\n\n")

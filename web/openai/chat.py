@@ -14,8 +14,10 @@ from aiohttp import web
 
 from shared.client.directory import ServedModel
 from shared.client.session import Request, Rerouted
+from web.access import user_of
 from web.chat import AnswerEvent, Ended, FinishReason, Said, answer
 from web.event_stream import EventStream, with_pauses
+from web.line import Waiting, WaitingLines
 from web.openai.errors import api_error, bad_request
 from web.openai.models import Models
 from web.openai.requests import ChatRequest, read_chat, read_json, sampling_of
@@ -33,8 +35,16 @@ DEFAULT_MAX_TOKENS = 1024
 class ChatCompletions:
     """The one handler, and what it works with."""
 
-    def __init__(self, swarm: Swarm, models: Models, tokenizers: TokenizerCache, keepalive_s: float) -> None:
+    def __init__(
+        self,
+        swarm: Swarm,
+        lines: WaitingLines,
+        models: Models,
+        tokenizers: TokenizerCache,
+        keepalive_s: float,
+    ) -> None:
         self._swarm = swarm
+        self._lines = lines
         self._models = models
         self._tokenizers = tokenizers
         self._keepalive_s = keepalive_s
@@ -47,7 +57,8 @@ class ChatCompletions:
         request = _swarm_request(asked, model, tokenizer, prompt)
         reply = _Reply(asked, model, len(prompt.tokens))
         headers = _warning_headers(asked, tokenizer)
-        events = answer(self._swarm, request, tokenizer.decode, [*asked.stops, *prompt.stops])
+        drawn = self._lines.generate(user_of(http), request)
+        events = answer(drawn, tokenizer.decode, [*asked.stops, *prompt.stops])
         async with aclosing(events):
             if asked.stream:
                 return await self._stream(http, reply, events, headers)
@@ -66,6 +77,8 @@ class ChatCompletions:
                 case Said():
                     text.append(event.text)
                     tokens += tokens_view(event.tokens, self._swarm.directory)
+                case Waiting():
+                    pass
                 case Rerouted():
                     reroutes.append(reroute_view(event, self._swarm.directory))
                 case Ended():
@@ -111,6 +124,9 @@ class ChatCompletions:
                 await stream.keep_alive()
             case Said():
                 await stream.send(reply.chunk({"content": event.text}, swarm=self._tokens(reply, event)))
+            case Waiting():
+                if reply.asked.wants_route:
+                    await stream.send(reply.chunk({}, swarm={"waiting": event.place}))
             case Rerouted():
                 if reply.asked.wants_route:
                     view = {"event": reroute_view(event, self._swarm.directory)}

@@ -15,6 +15,7 @@ from shared.errors import (
     Busy,
     ConnectionLost,
     CorollaError,
+    NoRoom,
     NoRoute,
     ProtocolError,
     Refused,
@@ -88,6 +89,8 @@ def api_error(error: Exception) -> ApiError:
             return bad_request(str(error), param="messages")
         case NoRoute():
             return _swarm_error(HTTPStatus.SERVICE_UNAVAILABLE, error, "no_route", RETRY_S)
+        case NoRoom():
+            return bad_request(str(error), code="context_length_exceeded", param="messages")
         case Busy():
             return ApiError(
                 HTTPStatus.TOO_MANY_REQUESTS,

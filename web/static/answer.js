@@ -76,6 +76,7 @@ function take(chunk, message, record) {
     message.state.value = "streaming";
     message.content.value += content;
   }
+  if (chunk.swarm?.waiting) message.place.value = chunk.swarm.waiting;
   if (chunk.swarm?.tokens) record.tokens(chunk.swarm.tokens);
   if (chunk.swarm?.event) record.rerouted(chunk.swarm.event);
 }

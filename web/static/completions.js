@@ -24,7 +24,7 @@ import { text } from "./words.js";
 /**
  * @typedef {object} Chunk
  * @property {{delta: {content?: string}, finish_reason: string | null}[]} choices
- * @property {{tokens?: TokenTrace[], event?: Reroute}} [swarm]
+ * @property {{tokens?: TokenTrace[], event?: Reroute, waiting?: number}} [swarm]
  */
 
 /** The answer failed; the message says why, to people. */

@@ -80,7 +80,7 @@ function Answer({ message }) {
   const live = state === "waiting" || state === "streaming";
   return html`<article class="answer ${state}" aria-label="Answer" aria-busy=${live}>
     ${state === "waiting" &&
-    html`<p class="reading"><span class="budding" aria-hidden="true"><i /><i /><i /></span>${text.reading}</p>`}
+    html`<p class="reading"><span class="budding" aria-hidden="true"><i /><i /><i /></span>${message.place.value ? text.inLine(message.place.value) : text.reading}</p>`}
     <${AnswerText} message=${message} />
     <${Ending} message=${message} />
   </article>`;

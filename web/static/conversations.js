@@ -21,6 +21,8 @@ export class Message {
     this.content = signal(content);
     this.state = signal(/** @type {AnswerState} */ (role === "user" ? "done" : "waiting"));
     this.error = signal("");
+    /** Its place in the line while the swarm is full; 0 when it does not wait there. */
+    this.place = signal(0);
     this.numbers = signal(/** @type {Numbers | null} */ (null));
   }
 }

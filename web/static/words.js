@@ -69,6 +69,8 @@ export const text = {
   readableShort: "Peers on the route can read this chat.",
 
   reading: "The peers are reading your message",
+  /** @param {number} place */
+  inLine: (place) => (place === 1 ? "The swarm is full; you are next" : `The swarm is full; ${place - 1} more before you`),
   stopped: "Stopped",
   failed: "The answer broke off",
   refused: "No answer",
