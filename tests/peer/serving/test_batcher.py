@@ -25,6 +25,7 @@ from shared.background import Background
 from shared.errors import CorollaError
 from shared.protocol import PREFILL_CHUNK, Close, Sampling, Token
 from tests.harness.models import save_random
+from tests.harness.near_ties import equal_but_for_near_ties
 from tests.peer.serving.parties import (
     CONTEXT,
     LAYERS,
@@ -40,8 +41,6 @@ from tests.peer.serving.parties import (
 )
 
 GREEDY = Draw(Sampling(), [], 0)
-NEAR_TIE = 1e-3
-"""Two logits so close may change places when sums are made in another order."""
 
 
 @asynccontextmanager
@@ -74,23 +73,6 @@ async def answer(batcher: Batcher, prompt: Sequence[int], new: int) -> list[int]
 def random_prompt(seed: int, count: int) -> list[int]:
     numbers = random.Random(seed)
     return [numbers.randrange(VOCABULARY) for _ in range(count)]
-
-
-def equal_but_for_near_ties(
-    prompt: Sequence[int],
-    got: Sequence[int],
-    whole: Any,  # noqa: ANN401
-    tie: float = NEAR_TIE,
-) -> bool:
-    """True when `got` is the greedy answer of the whole model, up to a place where its two best are a tie."""
-    text = list(prompt)
-    for token in got:
-        with torch.inference_mode():
-            logits = whole(input_ids=torch.tensor([text])).logits[0, -1]
-        if token != int(logits.argmax()):
-            return float(logits.max() - logits[token]) < tie
-        text.append(token)
-    return True
 
 
 # ---------------------------------------------------------------- exactness
