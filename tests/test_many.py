@@ -6,6 +6,7 @@ import asyncio
 import random
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,8 @@ async def test_32_chats_with_random_kills_end_exact_or_with_a_sentence(tmp_path:
         assert set(swarm.reserved_bytes().values()) == {0}
     assert not asyncio.all_tasks() - before
 
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.eval()
     for chat in chats:
         said = tokens(chat.events)
         assert equal_but_for_near_ties(chat.prompt, said, whole)
