@@ -19,8 +19,8 @@ BLOCK = 512
 """Inputs that FBGEMM keeps together; the last block is filled up, and so takes more than was read."""
 
 PART = 3 << 22
-"""Numbers that FBGEMM packs as one matrix: while it does they are in memory in float32 as well. A row alone takes
-4 to 9 % longer through two parts, so the matrices of a layer of a model of 1 billion parameters stay whole."""
+"""Numbers that FBGEMM packs as one matrix: while it does they are in memory in float32 as well. A row alone
+takes 4 to 9 % longer through two parts, so the matrices of a layer of 1-billion models stay whole."""
 
 
 def available() -> bool:
