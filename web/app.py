@@ -19,9 +19,12 @@ from shared.errors import SettingsError
 from web.access import LOCAL_HOSTS, access_middleware
 from web.event_stream import KEEPALIVE_S, EventStream
 from web.line import PATIENCE_S, WaitingLines
+from web.openai.asking import Asker
 from web.openai.chat import ChatCompletions
+from web.openai.completions import Completions
 from web.openai.errors import errors_as_json
 from web.openai.models import Models
+from web.openai.tokenizing import Tokenizing
 from web.page import STATIC, Page
 from web.swarm import Swarm
 from web.swarm_view import SwarmFeed, swarm_view
@@ -106,13 +109,11 @@ class Gateway:
         )
         page = Page(self._settings.static)
         models = Models(self._swarm, self._feed)
-        chat = ChatCompletions(
-            self._swarm,
-            WaitingLines(self._swarm, patience_s=self._settings.patience_s),
-            models,
-            TokenizerCache(self._swarm, tokenizers),
-            self._settings.keepalive_s,
-        )
+        lines = WaitingLines(self._swarm, patience_s=self._settings.patience_s)
+        asker = Asker(self._swarm, lines, models, TokenizerCache(self._swarm, tokenizers))
+        chat = ChatCompletions(asker, self._settings.keepalive_s)
+        completions = Completions(asker, self._settings.keepalive_s)
+        tokenizing = Tokenizing(asker)
         page.add_routes(app.router)
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/api/swarm", self._get_swarm)
@@ -120,6 +121,10 @@ class Gateway:
         app.router.add_get("/v1/models", models.get_list)
         app.router.add_get("/v1/models/{id:.+}", models.get_one)
         app.router.add_post("/v1/chat/completions", chat.post)
+        app.router.add_post("/v1/completions", completions.post)
+        app.router.add_post("/tokenize", tokenizing.tokenize)
+        app.router.add_post("/detokenize", tokenizing.detokenize)
+        app.router.add_get("/tokenizer_info", tokenizing.info)
         app.on_response_prepare.append(page.finish_headers)
         app.on_response_prepare.append(_name_request)
         app.on_shutdown.append(self._end_feed)

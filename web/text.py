@@ -64,8 +64,12 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.hit = False
-        """A stop string came: there is no more text."""
+        self.found: str | None = None
+        """The stop string that came: there is no more text."""
+
+    @property
+    def hit(self) -> bool:
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """More text; returns what cannot be part of a stop string any more."""
@@ -73,8 +77,7 @@ class StopStrings:
             return ""
         self._held += text
         if matches := [self._match(stop) for stop in self._stops if stop in self._held]:
-            self.hit = True
-            _, start = min(matches)
+            _, start, self.found = min(matches)
             return self._held[:start]
         return self._release(self._waiting())
 
@@ -82,9 +85,9 @@ class StopStrings:
         """The text ended by itself: a half stop string is text after all."""
         return "" if self.hit else self._release(0)
 
-    def _match(self, stop: str) -> tuple[int, int]:
+    def _match(self, stop: str) -> tuple[int, int, str]:
         start = self._held.index(stop)
-        return start + len(stop), start
+        return start + len(stop), start, stop
 
     def _waiting(self) -> int:
         """Length of the longest end of the held text with which a stop string begins."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ READ = frozenset({
 
 MAX_STOP_TOKENS = 64
 """As many as an `Open` may carry."""
+CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
+"""What stands around a call of a tool, with JSON between: the form of Hermes and Qwen."""
 USER_TURN = "\nUser:"
 
 
@@ -64,9 +67,19 @@ class ModelTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._template: str | None = _template_source(tokenizer)
+        self._special = frozenset(
+            token for token, added in self._backend.get_added_tokens_decoder().items() if added.special
+        )
         self.stop_tokens = _stop_tokens(tokenizer, config, generation)
         self.sampling = generation.sampling()
         """How the model's makers want it sampled; temperature 1 when they do not say."""
+
+        self._kept = _special_marks(tokenizer)
+        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str())["decoder"])
+        self.vocab_size = max(config.vocab_size or 0, self._backend.get_vocab_size())
+        """Token ids are below it."""
+        self.longest_token = max(map(len, self._backend.get_vocab()), default=1)
+        """Characters; so many times the context is more text than fits in any case."""
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids; with `special`, also the marks that this model wants around a text."""
@@ -78,17 +91,64 @@ class ModelTokenizer:
         text: str = self._backend.decode(tokens, skip_special_tokens=True)
         return text
 
+    def decode_with_calls(self, tokens: Sequence[int]) -> str:
+        """As `decode`, but the marks around calls of tools stay, though they may be special tokens."""
+        parts: list[str] = []
+        start = 0
+        for place, token in enumerate(tokens):
+            if token in self._kept:
+                parts += (self.decode(tokens[start:place]), self._kept[token])
+                start = place + 1
+        return "".join([*parts, self.decode(tokens[start:])])
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text, which may be part of a character; nothing for special tokens."""
+        name: str | None = self._backend.id_to_token(token)
+        if name is None or token in self._special:
+            return b""
+        if self._byte_level and all(letter in _BYTES for letter in name):
+            return bytes(_BYTES[letter] for letter in name)
+        if byte := _BYTE_TOKEN.fullmatch(name):
+            return bytes.fromhex(byte[1])
+        return name.replace("▁", " ").encode()
+
+    def token_name(self, token: int) -> str:
+        """A token on its own, for people; special tokens by their name."""
+        if token in self._special:
+            name: str | None = self._backend.id_to_token(token)
+            return name or ""
+        return self.token_bytes(token).decode(errors="replace")
+
     @property
     def takes_tools(self) -> bool:
         """True when the chat template has a place for tools."""
         return self._template is not None and "tools" in self._template
 
+    @property
+    def calls_tools(self) -> bool:
+        """True when the chat template teaches the model to call tools in the form that we read."""
+        return self.takes_tools and CALL_BEGINS in (self._template or "")
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._template
+
+    def special_names(self) -> dict[str, str | None]:
+        """The tokens that begin, end and fill texts, by their names in a tokenizer's configuration."""
+        return {name: getattr(self._tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        opening: str = "",
     ) -> Rendered:
-        """The prompt for the assistant's next answer. Raises ChatRefused with the template's reason."""
+        """The prompt for the assistant's next answer, which begins with the `opening`.
+
+        Raises ChatRefused with the template's reason.
+        """
         if self._template is None:
-            return Rendered(self.encode(_plain(messages), special=True), [USER_TURN])
+            return Rendered(self.encode(_plain(messages) + opening, special=True), [USER_TURN])
         if "developer" not in self._template:
             messages = [_as_system(message) for message in messages]
         try:
@@ -100,7 +160,7 @@ class ModelTokenizer:
             )
         except Exception as error:  # the template is foreign code: whatever it raises is its refusal
             raise ChatRefused(f"the model's chat template refuses this conversation: {error}") from None
-        return Rendered(self.encode(text), [])
+        return Rendered(self.encode(text + opening), [])
 
 
 def preload() -> None:
@@ -158,6 +218,27 @@ def _template_source(tokenizer: Any) -> str | None:  # noqa: ANN401
     return template or None
 
 
+def _special_marks(tokenizer: Any) -> dict[int, str]:  # noqa: ANN401
+    """The marks around calls of tools, where they are special tokens."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    return {
+        token: mark.content
+        for token, mark in added.items()
+        if mark.special and mark.content in (CALL_BEGINS, CALL_ENDS)
+    }
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level tokenizers since GPT-2 write for bytes: printable ones for themselves."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_letters()
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
 def _as_system(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "role": "system"} if message["role"] == "developer" else message
 
@@ -177,6 +258,8 @@ class _Ends(msgspec.Struct, frozen=True):
 
 class _Config(_Ends, frozen=True):
     """What we want of a model's config.json."""
+
+    vocab_size: int | None = None
 
     text_config: _Ends | None = None
     """Models that also see or hear keep it here."""

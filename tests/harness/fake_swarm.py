@@ -23,7 +23,7 @@ from shared.client.directory import Directory
 from shared.client.session import Drawn, Reason, Request, Rerouted
 from shared.errors import NoRoute
 from shared.identity import Identity, PeerId
-from shared.protocol import Announcement, Hop, Path, PeerState, RouteSpan
+from shared.protocol import Announcement, Hop, Likelihood, Path, PeerState, RouteSpan
 from shared.tokenizer_files import files_hash
 from tests.harness.tokenizers import END, byte_level, chat_files
 
@@ -191,7 +191,7 @@ class FakeSwarm:
                         reserved()
                         for token in self._tokens(part):
                             await asyncio.sleep(0)
-                            yield Drawn(position, token, self._hops(request), isinstance(part, Stop))
+                            yield self._drawn(request, position, token, stop=isinstance(part, Stop))
                             position += 1
                             if position == end:
                                 return
@@ -216,6 +216,19 @@ class FakeSwarm:
         token: int | None = self.tokenizer.token_to_id(END)
         return token if token is not None else 2
 
+    def _drawn(self, request: Request, position: int, token: int, *, stop: bool) -> Drawn:
+        sampling, prompt = request.sampling, request.prompt
+        scored = prompt[1:] if sampling.prompt_likelihoods and position == len(prompt) else ()
+        top = sampling.likelihoods or 0
+        return Drawn(
+            position,
+            token,
+            self._hops(request),
+            stop,
+            None if sampling.likelihoods is None else likelihood(token, top),
+            [likelihood(each, top) for each in scored],
+        )
+
     def _hops(self, request: Request) -> list[Hop]:
         return [
             Hop(peer.peer, peer.start, peer.end, 0.1, 1.2345, "direct")
@@ -227,6 +240,12 @@ class FakeSwarm:
         assert lost is not None
         route = [RouteSpan(self.id(part.heir), lost.start, lost.end)]
         return Rerouted(self.id(part.lost), (lost.start, lost.end), route, part.reason, part.stood_by)
+
+
+def likelihood(token: int, top: int) -> Likelihood:
+    """A likelihood that tells tokens apart; the token itself is the likeliest of all."""
+    others = [(token + place, -0.25 - token / 1000 - place) for place in range(top)]
+    return Likelihood(token, -0.25 - token / 1000, others)
 
 
 def artefact_of(model: str) -> str:

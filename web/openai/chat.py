@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -12,103 +11,70 @@ from typing import Any, assert_never
 import orjson
 from aiohttp import web
 
-from shared.client.directory import ServedModel
-from shared.client.session import Request, Rerouted
+from shared.client.session import Rerouted
 from web.access import user_of
-from web.chat import AnswerEvent, Ended, FinishReason, Said, answer
+from web.chat import Ended, FinishReason, PromptScored, Said
 from web.event_stream import EventStream, with_pauses
-from web.line import Waiting, WaitingLines
-from web.openai.errors import api_error, bad_request
-from web.openai.models import Models
-from web.openai.requests import ChatRequest, read_chat, read_json, sampling_of
-from web.route_view import reroute_view, tokens_view
-from web.swarm import Swarm
-from web.tokenizer import ModelTokenizer, Rendered
-from web.tokenizer_cache import TokenizerCache
+from web.line import Waiting
+from web.openai.asking import Asker, ChatEvent, Question, logprobs_view, timings_view, usage_view
+from web.openai.errors import api_error
+from web.openai.requests import ChatRequest, read_chat, read_json
+from web.openai.tools import Argued, Called
 
 Json = dict[str, Any]
-
-DEFAULT_MAX_TOKENS = 1024
-"""When the client names no limit. Peers reserve memory for all of it: the whole context would be greedy."""
 
 
 class ChatCompletions:
     """The one handler, and what it works with."""
 
-    def __init__(
-        self,
-        swarm: Swarm,
-        lines: WaitingLines,
-        models: Models,
-        tokenizers: TokenizerCache,
-        keepalive_s: float,
-    ) -> None:
-        self._swarm = swarm
-        self._lines = lines
-        self._models = models
-        self._tokenizers = tokenizers
+    def __init__(self, asker: Asker, keepalive_s: float) -> None:
+        self._asker = asker
         self._keepalive_s = keepalive_s
 
     async def post(self, http: web.Request) -> web.StreamResponse:
         asked, messages = read_chat(await read_json(http))
-        model = self._models.find(asked.model)
-        tokenizer = await self._tokenizers.get(model.artefact)
-        prompt = await asyncio.to_thread(tokenizer.render, messages, asked.tools or [])
-        request = _swarm_request(asked, model, tokenizer, prompt)
-        reply = _Reply(asked, model, len(prompt.tokens))
-        headers = _warning_headers(asked, tokenizer)
-        drawn = self._lines.generate(user_of(http), request)
-        events = answer(drawn, tokenizer.decode, [*asked.stops, *prompt.stops])
-        async with aclosing(events):
+        question = await self._asker.conversation(asked, messages, user_of(http))
+        reply = _Reply(asked, question)
+        async with aclosing(self._asker.choices(question)) as events:
             if asked.stream:
-                return await self._stream(http, reply, events, headers)
-            return await self._whole(reply, events, headers)
+                return await self._stream(http, reply, events)
+            return await self._whole(reply, events)
 
     # ------------------------------------------------------------ whole
 
-    async def _whole(
-        self, reply: _Reply, events: AsyncIterator[AnswerEvent], headers: dict[str, str]
-    ) -> web.Response:
-        text: list[str] = []
-        tokens: list[Json] = []
-        reroutes: list[Json] = []
-        async for event in events:
-            match event:
-                case Said():
-                    text.append(event.text)
-                    tokens += tokens_view(event.tokens, self._swarm.directory)
-                case Waiting():
-                    pass
-                case Rerouted():
-                    reroutes.append(reroute_view(event, self._swarm.directory))
-                case Ended():
-                    tokens += tokens_view(event.tokens, self._swarm.directory)
-                    ended = event
-                case _:
-                    assert_never(event)
-        body = reply.whole("".join(text), ended)
+    async def _whole(self, reply: _Reply, events: AsyncIterator[tuple[int, ChatEvent]]) -> web.Response:
+        choices = [WholeChoice() for _ in range(reply.question.choices)]
+        async for index, event in events:
+            choices[index].take(event)
+        body = reply.whole(choices)
         if reply.asked.wants_route:
-            body["swarm"] = {"tokens": tokens, "events": reroutes}
+            body["swarm"] = {
+                "tokens": self._asker.tokens_view([token for choice in choices for token in choice.tokens]),
+                "events": [
+                    self._asker.reroute_view(event) for choice in choices for event in choice.reroutes
+                ],
+            }
+        last = choices[-1]
+        headers = reply.question.headers | self._asker.route_headers(last.ended, last.tokens)
         return web.json_response(body=orjson.dumps(body), headers=headers)
 
     # ------------------------------------------------------------ stream
 
     async def _stream(
-        self,
-        http: web.Request,
-        reply: _Reply,
-        events: AsyncIterator[AnswerEvent],
-        headers: dict[str, str],
+        self, http: web.Request, reply: _Reply, events: AsyncIterator[tuple[int, ChatEvent]]
     ) -> web.StreamResponse:
         async with aclosing(with_pauses(events, self._keepalive_s)) as paced:
             # What fails before anything happened, such as a full swarm, still becomes a status of its own.
             first = await anext(paced)
-            stream = await EventStream.open(http, headers)
+            stream = await EventStream.open(http, reply.question.headers)
             try:
-                await stream.send(reply.chunk({"role": "assistant", "content": ""}))
+                for index in range(reply.question.choices):
+                    await stream.send(reply.chunk(index, {"role": "assistant", "content": ""}))
                 await self._send(stream, reply, first)
                 async for event in paced:
                     await self._send(stream, reply, event)
+                if reply.asked.wants_usage:
+                    await stream.send(reply.usage_chunk())
             except ConnectionError:
                 raise  # the client left
             except Exception as error:
@@ -118,96 +84,143 @@ class ChatCompletions:
                 await stream.send_raw(b"[DONE]")
         return await stream.close()
 
-    async def _send(self, stream: EventStream, reply: _Reply, event: AnswerEvent | None) -> None:
+    async def _send(self, stream: EventStream, reply: _Reply, event: tuple[int, ChatEvent] | None) -> None:
+        if event is None:
+            await stream.keep_alive()
+        elif (chunk := self._chunk(reply, *event)) is not None:
+            await stream.send(chunk)
+
+    def _chunk(self, reply: _Reply, index: int, event: ChatEvent) -> Json | None:
+        """What a client sees of an event."""
         match event:
-            case None:
-                await stream.keep_alive()
             case Said():
-                await stream.send(reply.chunk({"content": event.text}, swarm=self._tokens(reply, event)))
+                route = self._route(reply, event)
+                if not event.text and not event.texts and route is None:
+                    return None
+                delta = {"content": event.text} if event.text or event.texts else {}
+                return reply.chunk(index, delta, said=event, swarm=route)
+            case Called():
+                return reply.chunk(index, {"tool_calls": [call_view(event)]})
+            case Argued():
+                argued = {"index": event.index, "function": {"arguments": event.text}}
+                return reply.chunk(index, {"tool_calls": [argued]})
             case Waiting():
-                if reply.asked.wants_route:
-                    await stream.send(reply.chunk({}, swarm={"waiting": event.place}))
+                return (
+                    reply.chunk(index, {}, swarm={"waiting": event.place})
+                    if reply.asked.wants_route
+                    else None
+                )
             case Rerouted():
-                if reply.asked.wants_route:
-                    view = {"event": reroute_view(event, self._swarm.directory)}
-                    await stream.send(reply.chunk({}, swarm=view))
+                if not reply.asked.wants_route:
+                    return None
+                return reply.chunk(index, {}, swarm={"event": self._asker.reroute_view(event)})
             case Ended():
-                await stream.send(reply.chunk({}, reason=event.reason, swarm=self._tokens(reply, event)))
-                if reply.asked.wants_usage:
-                    await stream.send(reply.usage_chunk(event))
+                reply.ended(event)
+                return reply.chunk(index, {}, reason=event.reason, swarm=self._route(reply, event))
+            case PromptScored():
+                return None
             case _:
                 assert_never(event)
 
-    def _tokens(self, reply: _Reply, event: Said | Ended) -> Json | None:
-        if not reply.asked.wants_route:
+    def _route(self, reply: _Reply, event: Said | Ended) -> Json | None:
+        if not reply.asked.wants_route or (isinstance(event, Said) and not event.tokens and not event.text):
             return None
-        return {"tokens": tokens_view(event.tokens, self._swarm.directory)}
-
-
-# ---------------------------------------------------------------- asking
-
-
-def _swarm_request(
-    asked: ChatRequest, model: ServedModel, tokenizer: ModelTokenizer, prompt: Rendered
-) -> Request:
-    """Raises ApiError when the conversation leaves no room for an answer."""
-    room = model.context_length - len(prompt.tokens)
-    if room < 1:
-        raise bad_request(
-            f"this model's maximum context length is {model.context_length} tokens, but the conversation"
-            f" takes {len(prompt.tokens)} and leaves no room for an answer: shorten it",
-            param="messages",
-            code="context_length_exceeded",
-        )
-    wanted = asked.max_completion_tokens or asked.max_tokens or DEFAULT_MAX_TOKENS
-    return Request(
-        artefact=model.artefact,
-        prompt=prompt.tokens,
-        max_new_tokens=min(wanted, room),
-        sampling=sampling_of(asked, tokenizer.sampling),
-        stop_tokens=tokenizer.stop_tokens,
-    )
-
-
-def _warning_headers(asked: ChatRequest, tokenizer: ModelTokenizer) -> dict[str, str]:
-    """What a client asked for and does not get. Many ask for tools by habit, so refusing would break them."""
-    warnings: list[str] = []
-    if asked.tools:
-        known = tokenizer.takes_tools
-        warnings.append(
-            "calls of tools come as text"
-            if known
-            else "this model's chat template knows no tools: they were left out"
-        )
-    if asked.logprobs:
-        warnings.append("logprobs are not given")
-    if asked.response_format and asked.response_format.get("type") not in (None, "text"):
-        warnings.append("response_format is not enforced: the answer is free text")
-    return {"x-swarm-warning": "; ".join(warnings)} if warnings else {}
+        return {"tokens": self._asker.tokens_view(event.tokens)}
 
 
 # ---------------------------------------------------------------- answering
 
 
-class _Reply:
-    """The objects of one answer: all of them carry the same id, time, model and fingerprint."""
+def call_view(called: Called, arguments: str = "") -> Json:
+    function = {"name": called.name, "arguments": arguments}
+    return {"index": called.index, "id": called.id, "type": "function", "function": function}
 
-    def __init__(self, asked: ChatRequest, model: ServedModel, prompt_tokens: int) -> None:
+
+class WholeChoice:
+    """One answer, collected from its events."""
+
+    def __init__(self) -> None:
+        self.said: list[Said] = []
+        self.tokens: list[Any] = []
+        self.reroutes: list[Rerouted] = []
+        self.calls: list[Called] = []
+        self.arguments: list[str] = []
+        self.ended = Ended("stop", [], 0)
+
+    def take(self, event: ChatEvent) -> None:
+        match event:
+            case Said():
+                self.said.append(event)
+                self.tokens += event.tokens
+            case Called():
+                self.calls.append(event)
+                self.arguments.append("")
+            case Argued():
+                self.arguments[event.index] += event.text
+            case Rerouted():
+                self.reroutes.append(event)
+            case Ended():
+                self.tokens += event.tokens
+                self.ended = event
+            case PromptScored() | Waiting():
+                pass
+            case _:
+                assert_never(event)
+
+    @property
+    def text(self) -> str:
+        return "".join(said.text for said in self.said)
+
+    @property
+    def message(self) -> Json:
+        message: Json = {"role": "assistant", "content": self.text, "refusal": None}
+        if self.calls:
+            message["content"] = self.text or None
+            message["tool_calls"] = [
+                {key: value for key, value in call_view(call, arguments).items() if key != "index"}
+                for call, arguments in zip(self.calls, self.arguments, strict=True)
+            ]
+        return message
+
+
+class _Reply:
+    """The objects of one reply: all of them carry the same id, time, model and fingerprint."""
+
+    def __init__(self, asked: ChatRequest, question: Question) -> None:
         self.asked = asked
-        self._prompt_tokens = prompt_tokens
+        self.question = question
+        self._prompt_tokens = len(question.request.prompt)
+        self._ended: list[Ended] = []
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
-        self._model = model.name
-        self._fingerprint = f"fp_{model.artefact[:12]}"
-        """The artefact names the exact weights and how they are quantized."""
 
-    def whole(self, text: str, ended: Ended) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ended.reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(ended)}
+    def ended(self, event: Ended) -> None:
+        self._ended.append(event)
 
-    def chunk(self, delta: Json, *, reason: FinishReason | None = None, swarm: Json | None = None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def whole(self, choices: list[WholeChoice]) -> Json:
+        self._ended = [choice.ended for choice in choices]
+        views = [
+            {
+                "index": index,
+                "message": choice.message,
+                "logprobs": self._logprobs(choice.said),
+                "finish_reason": choice.ended.reason,
+            }
+            for index, choice in enumerate(choices)
+        ]
+        return {**self._head("chat.completion"), "choices": views, **self._end()}
+
+    def chunk(
+        self,
+        index: int,
+        delta: Json,
+        *,
+        said: Said | None = None,
+        reason: FinishReason | None = None,
+        swarm: Json | None = None,
+    ) -> Json:
+        logprobs = self._logprobs([said]) if said and said.texts else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         if self.asked.wants_usage:
             chunk["usage"] = None
@@ -215,21 +228,31 @@ class _Reply:
             chunk["swarm"] = swarm
         return chunk
 
-    def usage_chunk(self, ended: Ended) -> Json:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(ended)}
+    def usage_chunk(self) -> Json:
+        return {**self._head("chat.completion.chunk"), "choices": [], **self._end()}
+
+    def _logprobs(self, said: list[Said]) -> Json | None:
+        if not self.asked.logprobs or self.question.reads_calls:
+            return None
+        return logprobs_view([text for each in said for text in each.texts], self.question.tokenizer)
 
     def _head(self, kind: str) -> Json:
         return {
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._model,
-            "system_fingerprint": self._fingerprint,
+            "model": self.question.model.name,
+            "system_fingerprint": fingerprint(self.question),
         }
 
-    def _usage(self, ended: Ended) -> Json:
+    def _end(self) -> Json:
+        count = sum(ended.token_count for ended in self._ended)
         return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": ended.token_count,
-            "total_tokens": self._prompt_tokens + ended.token_count,
+            "usage": usage_view(self._prompt_tokens, count),
+            "timings": timings_view(self._prompt_tokens, self._ended[-1]),
         }
+
+
+def fingerprint(question: Question) -> str:
+    """The artefact names the exact weights and how they are quantized."""
+    return f"fp_{question.model.artefact[:12]}"

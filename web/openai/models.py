@@ -34,11 +34,17 @@ class Models:
                 raise
             raise model_not_found(name) from None
 
-    async def get_list(self, request: web.Request) -> web.Response:
+    def names(self) -> list[str]:
+        return list(self._by_name())
+
+    def _by_name(self) -> dict[str, ServedModel]:
         by_name: dict[str, ServedModel] = {}
         for model in self._directory.models():
             by_name.setdefault(model.name, model)  # of several artefacts, the one that `find` gives
-        models = [self._view(model) for model in by_name.values()]
+        return by_name
+
+    async def get_list(self, request: web.Request) -> web.Response:
+        models = [self._view(model) for model in self._by_name().values()]
         return web.json_response(body=orjson.dumps({"object": "list", "data": models}))
 
     async def get_one(self, request: web.Request) -> web.Response:

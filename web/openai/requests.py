@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -14,17 +15,28 @@ import orjson
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from shared.protocol import Sampling
+from shared.protocol import MAX_LIKELIEST, Bias, Sampling
 from web.openai.errors import bad_request
 
 Kind = TypeVar("Kind")
 
 MAX_STOPS = 4
+MAX_CHOICES = 4
+"""Answers to one question. They are made one after another, so more would only make clients wait."""
+MAX_PROMPTS = 128
+"""Of one request for completions, times the answers to each."""
 
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-100, le=100)]
 TokenCount = Annotated[int, Meta(ge=1)]
+Token = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Biases = Annotated[
+    dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100, le=100)]],
+    Meta(max_length=1024),
+]
+"""Added to the logits of tokens, which are named by their ids."""
 StopString = Annotated[str, Meta(max_length=1000)]
 
 
@@ -50,6 +62,7 @@ class SamplingRequest(Struct, frozen=True, kw_only=True):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    logit_bias: Biases | None = None
 
 
 class Part(Struct, frozen=True):
@@ -69,21 +82,52 @@ class Message(Struct, frozen=True, kw_only=True):
     tool_call_id: str | None = None
 
 
-class ChatRequest(SamplingRequest, frozen=True, kw_only=True):
-    """The body of POST /v1/chat/completions."""
+class Function(Struct, frozen=True, kw_only=True):
+    """What a model is told of a tool."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=200)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Struct, frozen=True, kw_only=True):
+    """Something that a model may ask its client to do."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(Struct, frozen=True):
+    name: str
+
+
+class NamedTool(Struct, frozen=True):
+    """The one tool that is to be called."""
+
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class JsonSchema(Struct, frozen=True, kw_only=True):
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+
+
+class ResponseFormat(Struct, frozen=True, kw_only=True):
+    """What an answer has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class AnswerRequest(SamplingRequest, frozen=True, kw_only=True):
+    """What chats and completions have in common."""
 
     model: Annotated[str, Meta(min_length=1)]
-    messages: Annotated[list[Message], Meta(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: TokenCount | None = None
-    max_completion_tokens: TokenCount | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
-    n: TokenCount | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    logprobs: bool | None = None
-    response_format: dict[str, Any] | None = None
+    n: Choices | None = None
     swarm: SwarmOptions | None = None
 
     @property
@@ -98,6 +142,33 @@ class ChatRequest(SamplingRequest, frozen=True, kw_only=True):
     def wants_usage(self) -> bool:
         """In a stream; other answers always carry it."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatRequest(AnswerRequest, frozen=True, kw_only=True):
+    """The body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_tokens: TokenCount | None = None
+    max_completion_tokens: TokenCount | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)] | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def likelihoods(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+
+class CompletionRequest(AnswerRequest, frozen=True, kw_only=True):
+    """The body of POST /v1/completions."""
+
+    prompt: str | Annotated[list[str | Token | list[Token]], Meta(min_length=1)]
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)] | None = None
+    suffix: str | None = None
 
 
 # ---------------------------------------------------------------- reading
@@ -118,9 +189,14 @@ async def read_json(request: web.Request) -> dict[str, Any]:
 def read_chat(body: dict[str, Any]) -> tuple[ChatRequest, list[dict[str, Any]]]:
     """A chat request, and its messages in the form that chat templates take. Raises ApiError."""
     request = read_struct(body, ChatRequest)
-    if request.n is not None and request.n > 1:
-        raise bad_request("n: only one answer at a time is given; leave n out and ask again for another", "n")
-    return request, [_read_message(message, index) for index, message in enumerate(request.messages)]
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs: they come with logprobs, so set logprobs to true", "top_logprobs")
+    return request, read_messages(request.messages)
+
+
+def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """In the form that chat templates take. Raises ApiError."""
+    return [_read_message(message, index) for index, message in enumerate(messages)]
 
 
 def read_struct(value: object, kind: type[Kind]) -> Kind:
@@ -128,8 +204,8 @@ def read_struct(value: object, kind: type[Kind]) -> Kind:
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        # msgspec writes: what is wrong - at `$.field[0].other`
-        reason, _, place = str(error).partition(" - at `$")
+        # msgspec writes: what is wrong - at `$.field[0].other`, or: at `key` in `$.field`
+        reason, _, place = str(error).replace(" - at `key` in `$", " - at `$").partition(" - at `$")
         param = place.rstrip("`").lstrip(".") or _missing_field(reason)
         raise bad_request(f"{param}: {reason}" if param else reason, param or None) from None
 
@@ -183,7 +259,14 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- sampling
 
 
-def sampling_of(request: SamplingRequest, default: Sampling) -> Sampling:
+def sampling_of(
+    request: SamplingRequest,
+    default: Sampling,
+    *,
+    grammar: str = "",
+    likelihoods: int | None = None,
+    prompt_likelihoods: bool = False,
+) -> Sampling:
     """The client's wishes over those of the model's makers. Without a seed every answer is another one."""
 
     def wish(value: float | None, otherwise: float) -> float:
@@ -198,7 +281,16 @@ def sampling_of(request: SamplingRequest, default: Sampling) -> Sampling:
         repetition_penalty=wish(request.repetition_penalty, default.repetition_penalty),
         presence_penalty=wish(request.presence_penalty, default.presence_penalty),
         frequency_penalty=wish(request.frequency_penalty, default.frequency_penalty),
+        logit_bias=[Bias(int(token), add) for token, add in (request.logit_bias or {}).items()],
+        grammar=grammar,
+        likelihoods=likelihoods,
+        prompt_likelihoods=prompt_likelihoods,
     )
+
+
+def sampling_of_choice(sampling: Sampling, index: int) -> Sampling:
+    """Of several answers each has a seed of its own."""
+    return msgspec.structs.replace(sampling, seed=_as_int64(sampling.seed + index))
 
 
 _SMALLEST_TOP_P = 1e-6
