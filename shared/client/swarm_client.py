@@ -13,6 +13,8 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from shared.background import Background
 from shared.channel import Channel, Dialer, Listen, PathReport, Priority
 from shared.client.calls import Calls
@@ -21,7 +23,7 @@ from shared.client.generation import Generation
 from shared.client.page_names import PageNames
 from shared.client.prefix_routes import PrefixRoutes, worth_it
 from shared.client.probes import PROBE_S, Probes
-from shared.client.route_planner import Candidate, fill_route, route_ms
+from shared.client.route_planner import Candidate, fill_route, plan_route, route_ms
 from shared.client.session import Drawn, Planner, Request, Rerouted, Spare
 from shared.client.standbys import choose_standby
 from shared.client.two_choices import Choice, explain, informed, two_choices
@@ -58,6 +60,8 @@ BUSY_STANDBY_MS = 100.0
 FETCH_TIMEOUT_S = 15.0
 FULL_PROBE_S = 1.0
 """How long peers may take to say whether they are still full: there is nothing else to do meanwhile."""
+PASS_MS = 50.0
+"""What a pass of a training waits behind another one, about: enough that passes spread over equal peers."""
 GOODBYE_S = 1.0
 """How long leaving waits for the last messages of sessions that were cut off."""
 
@@ -222,6 +226,28 @@ class SwarmClient:
             if peer.peer not in avoid and (not adapter or adapter in {one.id for one in peer.adapters})
         ]
         return serving[0], candidates
+
+    def plan_pass(
+        self,
+        artefact: str,
+        wanted: Span,
+        *,
+        avoid: frozenset[PeerId],
+        running: Mapping[str, int],
+        adapter: str = "",
+        tokens: int = 0,
+    ) -> list[RouteSpan]:
+        """Who computes these layers in a pass that begins now; `running` are those of ours under way.
+
+        Raises NoRoute or Busy.
+        """
+        first, candidates = self._candidates(artefact, avoid, adapter)
+        laden = [
+            msgspec.structs.replace(one, wait_ms=one.wait_ms + PASS_MS * running.get(one.peer, 0))
+            for one in candidates
+        ]
+        salt = str(next(self._requests))
+        return plan_route(laden, wanted, model=first.model, tokens=tokens, salt=salt)
 
     def _candidate(self, announcement: Announcement) -> Candidate:
         peer = PeerId(announcement.peer)
