@@ -274,7 +274,7 @@ SessionMachine.TestCase.settings = settings(
 
 
 @pytest.mark.slow
-class TestSessions(SessionMachine.TestCase):
+class TestSessions(SessionMachine.TestCase):  # type: ignore[valid-type,misc]
     """Runs the machine; sessions are swept every few milliseconds, so that expiry is soon seen."""
 
     @classmethod
