@@ -12,11 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.panel import Panel
+from yarl import URL
 
 from shared import event_loop
 from shared.background import Background
 from shared.channel.addresses import Listen, parse_listen
 from shared.client.swarm_client import SwarmClient
+from shared.errors import SettingsError
 from shared.identity import Identity
 from shared.logs import configure_logs
 from shared.settings import (
@@ -53,6 +55,31 @@ def web(
             help="Name that others reach this page by, such as chat.example.org. May be given several times.",
         ),
     ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="COROLLA_WEB_API_KEY",
+            metavar="KEY",
+            help="Answer only those who bring this key. May be given several times.",
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="COROLLA_WEB_API_KEY_FILE",
+            metavar="FILE",
+            help="The same for the keys in a file, one a line; # begins a comment.",
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="COROLLA_WEB_CORS_ORIGIN",
+            metavar="ORIGIN",
+            help="Web page that may use the API, such as https://chat.example.org. "
+            "May be given several times.",
+        ),
+    ] = None,
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -84,7 +111,12 @@ def web(
     """
     configure_logs(log_level)
     settings = GatewaySettings(
-        host=host, port=port, allowed_hosts=tuple(allow_host or ()), data_dir=data_directory()
+        host=host,
+        port=port,
+        allowed_hosts=tuple(allow_host or ()),
+        data_dir=data_directory(),
+        cors_origins=tuple(_origin(text) for text in cors_origin or ()),
+        api_keys=(*(api_key or ()), *read_keys(api_key_file)),
     )
     check_exposure(settings.host, settings.allowed_hosts)
     console = Console(soft_wrap=True)
@@ -102,6 +134,33 @@ def web(
         )
     with suppress(KeyboardInterrupt):
         event_loop.run(_until_signalled(_serve(opened, console)))
+
+
+def read_keys(path: Path | None) -> list[str]:
+    """Raises SettingsError for a file that cannot be read or holds none: then anyone could ask."""
+    if path is None:
+        return []
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"--api-key-file {path} cannot be read: {error}") from None
+    keys = [line for line in lines if line]
+    if not keys:
+        raise SettingsError(f"--api-key-file {path} holds no key; put one on a line of its own")
+    return keys
+
+
+def _origin(text: str) -> str:
+    """Raises SettingsError for what no browser would send as an Origin."""
+    try:
+        url = URL(text)
+        if url.scheme in ("http", "https") and url.host and str(url.origin()) == text.rstrip("/").lower():
+            return str(url.origin())
+    except ValueError:
+        pass
+    raise SettingsError(
+        f"--cors-origin {text} is no origin; give scheme and host alone, as in https://chat.example.org"
+    )
 
 
 @asynccontextmanager

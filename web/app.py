@@ -6,6 +6,7 @@ import os
 import secrets
 import tempfile
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,14 +17,16 @@ from msgspec import Struct
 from yarl import URL
 
 from shared.errors import SettingsError
-from web.access import LOCAL_HOSTS, access_middleware
+from web.access import LOCAL_HOSTS, Access, access_middleware, allow_origin
 from web.event_stream import KEEPALIVE_S, EventStream
 from web.line import PATIENCE_S, WaitingLines
 from web.openai.asking import Asker
 from web.openai.chat import ChatCompletions
 from web.openai.completions import Completions
 from web.openai.errors import errors_as_json
+from web.openai.messages import Messages
 from web.openai.models import Models
+from web.openai.responses import Responses
 from web.openai.tokenizing import Tokenizing
 from web.page import STATIC, Page
 from web.swarm import Swarm
@@ -46,6 +49,10 @@ class GatewaySettings(Struct, frozen=True, kw_only=True):
     """Where tokenizers are kept for the next start; a folder that goes with the gateway when None."""
     allowed_hosts: tuple[str, ...] = ()
     """Names beside localhost under which people reach this gateway."""
+    cors_origins: tuple[str, ...] = ()
+    """Foreign pages that may use this gateway."""
+    api_keys: tuple[str, ...] = ()
+    """Who asks has to bring one of them; none are asked for when empty."""
     keepalive_s: float = KEEPALIVE_S
     patience_s: float = PATIENCE_S
     """How long a question waits for room when the swarm is full."""
@@ -103,8 +110,13 @@ class Gateway:
     # ------------------------------------------------------------ the app
 
     def _app(self, tokenizers: Path) -> web.Application:
+        access = Access(
+            hosts=self._settings.allowed_hosts,
+            origins=self._settings.cors_origins,
+            keys=self._settings.api_keys,
+        )
         app = web.Application(
-            middlewares=[errors_as_json, access_middleware(self._settings.allowed_hosts)],
+            middlewares=[errors_as_json, access_middleware(access)],
             client_max_size=MAX_REQUEST_BYTES,
         )
         page = Page(self._settings.static)
@@ -113,6 +125,8 @@ class Gateway:
         asker = Asker(self._swarm, lines, models, TokenizerCache(self._swarm, tokenizers))
         chat = ChatCompletions(asker, self._settings.keepalive_s)
         completions = Completions(asker, self._settings.keepalive_s)
+        responses = Responses(asker, self._settings.keepalive_s)
+        messages = Messages(asker, self._settings.keepalive_s)
         tokenizing = Tokenizing(asker)
         page.add_routes(app.router)
         app.router.add_get("/healthz", self._get_health)
@@ -122,11 +136,15 @@ class Gateway:
         app.router.add_get("/v1/models/{id:.+}", models.get_one)
         app.router.add_post("/v1/chat/completions", chat.post)
         app.router.add_post("/v1/completions", completions.post)
+        app.router.add_post("/v1/responses", responses.post)
+        app.router.add_post("/v1/messages", messages.post)
+        app.router.add_post("/v1/messages/count_tokens", messages.count_tokens)
         app.router.add_post("/tokenize", tokenizing.tokenize)
         app.router.add_post("/detokenize", tokenizing.detokenize)
         app.router.add_get("/tokenizer_info", tokenizing.info)
         app.on_response_prepare.append(page.finish_headers)
         app.on_response_prepare.append(_name_request)
+        app.on_response_prepare.append(partial(_allow_origin, access))
         app.on_shutdown.append(self._end_feed)
         return app
 
@@ -144,6 +162,10 @@ class Gateway:
 
     async def _end_feed(self, app: web.Application) -> None:
         await self._feed.close()
+
+
+async def _allow_origin(access: Access, request: web.Request, response: web.StreamResponse) -> None:
+    allow_origin(access, request, response)
 
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:

@@ -34,8 +34,9 @@ class EventStream:
         await response.prepare(request)
         return cls(response)
 
-    async def send(self, value: Any) -> None:  # noqa: ANN401 - any JSON
-        await self.send_raw(orjson.dumps(value))
+    async def send(self, value: Any, *, name: str = "") -> None:  # noqa: ANN401 - any JSON
+        named = b"event: " + name.encode() + b"\n" if name else b""
+        await self._response.write(named + b"data: " + orjson.dumps(value) + b"\n\n")
 
     async def send_raw(self, data: bytes) -> None:
         """One event; `data` has no line break."""

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shared.errors import SettingsError
-from web.__main__ import app
+from web.__main__ import app, read_keys
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +27,9 @@ def test_help_tells_every_flag() -> None:
         "--host",
         "--port",
         "--allow-host",
+        "--api-key",
+        "--api-key-file",
+        "--cors-origin",
         "--identity",
         "--demo",
         "--peers",
@@ -41,12 +44,22 @@ def test_help_tells_every_flag() -> None:
         (["--host", "0.0.0.0"], "--allow-host"),
         (["--log-level", "loud"], "--log-level"),
         (["--relay", "ftp://relay"], "not the address of a relay"),
+        (["--api-key-file", "/nowhere"], "cannot be read"),
+        (["--api-key-file", os.devnull], "holds no key"),
+        (["--cors-origin", "chat.example"], "is no origin"),
+        (["--cors-origin", "https://chat.example/page"], "is no origin"),
     ],
 )
 def test_a_flag_that_cannot_be_used_is_named(flags: list[str], sentence: str) -> None:
     result = CliRunner().invoke(app, flags)
     assert isinstance(result.exception, SettingsError)
     assert sentence in str(result.exception)
+
+
+def test_keys_stand_in_a_file_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("rose # for Kim\n\n# nobody\n lily \n")
+    assert read_keys(path) == ["rose", "lily"]
 
 
 def test_a_relay_that_does_not_answer_is_one_sentence() -> None:

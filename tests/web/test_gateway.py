@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import openai
 import pytest
 
 from shared.errors import SettingsError
@@ -99,6 +101,73 @@ async def test_other_machines_are_let_in_by_name_only(swarm: FakeSwarm) -> None:
             assert response.status == 200
         async with http.get("/healthz", headers={"Host": "evil.test"}) as response:
             assert response.status == 403
+
+
+# ---------------------------------------------------------------- keys, and pages from elsewhere
+
+ORIGIN = "https://chat.example"
+
+
+@pytest.fixture
+async def guarded(swarm: FakeSwarm, data_dir: Path) -> AsyncIterator[aiohttp.ClientSession]:
+    settings = GatewaySettings(data_dir=data_dir, api_keys=("rose", "lily"), cors_origins=(ORIGIN,))
+    async with Gateway(settings, swarm) as gateway, aiohttp.ClientSession(gateway.url) as http:
+        yield http
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer ros"}, 401),
+        ({"Authorization": "Basic rose"}, 401),
+        ({"x-api-key": "\udcff"}, 401),
+        ({"Authorization": "Bearer rose"}, 200),
+        ({"x-api-key": "lily"}, 200),
+    ],
+)
+async def test_with_keys_only_those_who_have_one_are_answered(
+    guarded: aiohttp.ClientSession, swarm: FakeSwarm, headers: dict[str, str], status: int
+) -> None:
+    async with guarded.post(CHAT, json=chat(), headers=headers) as response:
+        assert response.status == status
+        if status == 401:
+            assert (await response.json())["error"]["code"] == "invalid_api_key"
+            assert response.headers["x-should-retry"] == "false"
+    assert len(swarm.requests) == (status == 200)
+    for path in ("/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize"):
+        async with guarded.post(path, json={}, headers=headers) as response:
+            assert (response.status == 401) == (status == 401), path
+    for path in ("/", "/healthz", "/v1/models", "/v1/models/petal"):
+        async with guarded.get(path, headers=headers) as response:
+            assert response.status == 200
+
+
+async def test_the_official_client_tells_a_wrong_key(guarded: aiohttp.ClientSession) -> None:
+    base = str(guarded._base_url)
+    async with openai.AsyncOpenAI(base_url=f"{base}/v1", api_key="no", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            await client.chat.completions.create(model="petal", messages=[{"role": "user", "content": "a"}])
+
+
+async def test_a_page_that_was_named_may_use_the_api_and_no_other(guarded: aiohttp.ClientSession) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    async with guarded.options(CHAT, headers={"Origin": ORIGIN, **asked}) as response:
+        assert response.status == 204
+        assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert response.headers["Access-Control-Allow-Headers"] == "authorization"
+    headers = {"Origin": ORIGIN, "Authorization": "Bearer rose"}
+    for stream in (False, True):
+        async with guarded.post(CHAT, json=chat(stream=stream), headers=headers) as response:
+            assert response.status == 200
+            assert response.headers["Access-Control-Allow-Origin"] == ORIGIN
+            assert "x-request-id" in response.headers["Access-Control-Expose-Headers"]
+    async with guarded.post(CHAT, json=chat(), headers={"Origin": ORIGIN}) as response:
+        assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (401, ORIGIN)
+    for origin in ("https://evil.test", "null"):
+        async with guarded.options(CHAT, headers={"Origin": origin, **asked}) as response:
+            assert response.status == 403
+            assert "Access-Control-Allow-Origin" not in response.headers
 
 
 # ---------------------------------------------------------------- what every response carries
