@@ -1,14 +1,15 @@
 // The page: a header, the conversation and, beside it, the route. Wires the parts; each has a file of its own.
 import { render } from "preact";
 import { announced } from "./announcer.js";
-import { answering, newChat, stop } from "./answer.js";
+import { answering, stop } from "./answer.js";
 import { Composer, focusComposer } from "./composer.js";
 import { ConversationView } from "./conversation_view.js";
+import { Drawer, DrawerButton, searchChats, startOver, toggleDrawer } from "./drawer.js";
 import { Logo } from "./flower.js";
 import { html } from "./html.js";
 import { Notices } from "./notices.js";
-import { clearRoute } from "./route.js";
 import { RoutePanel } from "./route_view.js";
+import { startShelf } from "./shelf.js";
 import { choices, chooseModel, chosenModel, gatewayThere, isCovered, swarm, watchSwarm } from "./swarm.js";
 import { counted, gapList, text } from "./words.js";
 
@@ -21,12 +22,14 @@ function Page() {
       <${Composer} />
     </main>
     <${RoutePanel} />
+    <${Drawer} />
     <${Announcer} />
   `;
 }
 
 function Header() {
   return html`<header class="top">
+    <${DrawerButton} />
     <div class="brand"><${Logo} /><h1>Corolla</h1></div>
     <${ModelPicker} />
     <${SwarmState} />
@@ -68,12 +71,6 @@ function Announcer() {
   return html`<div class="unseen" aria-live="polite" data-testid="announcer">${announced.value}</div>`;
 }
 
-function startOver() {
-  newChat();
-  clearRoute();
-  focusComposer();
-}
-
 addEventListener("keydown", (event) => {
   if (event.isComposing) return;
   if (event.key === "Escape" && answering.peek()) {
@@ -81,11 +78,24 @@ addEventListener("keydown", (event) => {
     stop();
     focusComposer();
   }
-  if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
-    event.preventDefault();
-    startOver();
-  }
+  const act = shortcuts[shortcutOf(event)];
+  if (!act) return;
+  event.preventDefault();
+  act();
 });
+
+/** @type {Record<string, () => void>} */
+const shortcuts = { "mod+shift+o": startOver, "mod+k": searchChats, "mod+b": toggleDrawer };
+
+/** @param {KeyboardEvent} event */
+function shortcutOf(event) {
+  const mod = event.ctrlKey || event.metaKey ? "mod+" : "";
+  return `${mod}${event.shiftKey ? "shift+" : ""}${event.key.toLowerCase()}`;
+}
+
+// Or the broken connection would be taken for the gateway's fault, and kept as that.
+addEventListener("beforeunload", stop);
 
 render(html`<${Page} />`, /** @type {HTMLElement} */ (document.getElementById("page")));
 watchSwarm();
+startShelf();

@@ -33,6 +33,17 @@ export function perSecond(rate) {
   return rate < 10 ? rate.toFixed(1) : rate.toFixed(0);
 }
 
+const DAY_MS = 86_400_000;
+
+/** When something was, as people say it. @param {number} then @param {number} now */
+export function ago(then, now = Date.now()) {
+  const ms = Math.max(0, now - then);
+  if (ms < 60_000) return "just now";
+  if (ms < 3_600_000) return `${Math.round(ms / 60_000)} min ago`;
+  if (ms < DAY_MS) return `${Math.round(ms / 3_600_000)} h ago`;
+  return new Date(then).toLocaleDateString(undefined, { day: "numeric", month: "short", year: "numeric" });
+}
+
 /**
  * What to type to serve a model's missing layers. The name comes from a stranger and the command is there to
  * be pasted into a shell, so only a plain Hugging Face id is written into it.
@@ -48,6 +59,30 @@ export function lendCommand(relayUrl, model = "", gap) {
 
 export const text = {
   you: "you",
+  youTitle: "You",
+  close: "Close",
+  save: "Save",
+  undo: "Undo",
+
+  conversations: "Conversations",
+  searchChats: "Search what was said",
+  nothingFound: "Nothing here has these words.",
+  noChats: "What you talk about will be listed here.",
+  rename: "Rename",
+  nameOfChat: "Name of the conversation",
+  remove: "Delete",
+  removed: "Deleted",
+  saveMarkdown: "Save this one as markdown",
+  saveAll: "Save all as JSON",
+  bringIn: "Bring in a JSON file",
+  broughtIn: "Brought in",
+  keptHere: "Kept in this browser only.",
+  notKept: "This browser keeps nothing; save what you need as a file.",
+  notJson: "That file is not JSON; choose one that this page saved.",
+  notOurs: "That file holds no conversations of this page; choose one that it saved.",
+  newerFile: "A newer page saved that file; renew this one first.",
+  damaged: "That file is damaged: a message has no place in its conversation. Nothing was brought in.",
+
   newChat: "New chat",
   composer: "Message to the swarm",
   placeholder: "Ask the swarm something",
