@@ -113,6 +113,14 @@ def peer(
             help="auto, or int8: chats of twice to four times the length in the same memory, less exactly.",
         ),
     ] = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="LoRA to offer beside the model, as adapter_config.json and adapter_model.safetensors; chats ask"
+            " for it as MODEL+NAME, its name being the directory's. May be repeated.",
+        ),
+    ] = None,
     identity: Annotated[
         Path | None,
         typer.Option(
@@ -158,6 +166,7 @@ def peer(
         quantize=quantize,
         dtype=dtype,  # type: ignore[arg-type]  # checked above
         kv_dtype=kv_dtype,  # type: ignore[arg-type]  # checked above
+        adapters=tuple(adapter or ()),
         direct=not relay_only,
         listen=parse_listen(listen, advertise or ()),
     )

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path as Directory
 from types import TracebackType
 from typing import Literal, Self
 
@@ -20,6 +21,7 @@ import torch
 from peer.benchmark import LayerSizes, Speed, SpeedBook, layer_sizes, measure_speed
 from peer.model.artefact import artefact_id
 from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
+from peer.model.peft_files import StoredAdapter, open_adapter
 from peer.model.quantization import Quantization, choose
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span as LoadedSpan
@@ -34,7 +36,7 @@ from shared.background import Background
 from shared.channel import Channel, Dialer
 from shared.errors import CorollaError, ProtocolError, SettingsError
 from shared.identity import Identity
-from shared.protocol import Announcement, Path, PeerMessage, PeerState
+from shared.protocol import Announcement, HostedAdapter, Path, PeerMessage, PeerState
 from shared.relays import Relays
 from shared.settings import data_directory
 from shared.spans import Span, parse_layers
@@ -85,6 +87,7 @@ class Peer:
         self.name = settings.name or socket.gethostname()[:64]
         self.model = ""
         self.artefact = ""
+        self.adapters: list[StoredAdapter] = []
         self.layers = Span(0, 0)
         self.layer_count = 0
         self.service: Service | None = None
@@ -158,12 +161,14 @@ class Peer:
         self.artefact = artefact_id(
             checkpoint, self.dtype_name, self.quantization.name if self.quantization else None
         )
+        self.adapters = [open_adapter(Directory(directory)) for directory in self.settings.adapters]
         context = getattr(checkpoint.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
         self._offer = Offer(
             artefact=self.artefact,
             context_length=context,
             tokenizer_files=tokenizer_files(checkpoint),
             max_sessions=self.settings.max_sessions,
+            adapters={hosted.id: hosted.adapter for hosted in self.adapters},
         )
 
     # ------------------------------------------------------------ choosing layers
@@ -353,6 +358,7 @@ class Peer:
             sessions=self.service.session_count if self.service else 0,
             wait_ms=self.service.wait_ms if self.service else 0.0,
             relays=self.relays.connected_urls,
+            adapters=[HostedAdapter(hosted.name, hosted.id) for hosted in self.adapters],
         )
 
     def _ms_per_layer(self) -> float | None:

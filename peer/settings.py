@@ -38,6 +38,8 @@ class PeerSettings(msgspec.Struct, frozen=True, kw_only=True):
     quantize: str = "auto"
     """In which form weights are kept: `peer.model.quantization.NAMES`."""
     kv_dtype: KvDtype = "auto"
+    adapters: tuple[str, ...] = ()
+    """Directories with LoRA in PEFT's files, applied for whoever asks for it."""
     direct: bool = True
     listen: Listen | None = Listen()
     """Where the other ends of channels may call, unless `direct` is off; None nowhere."""

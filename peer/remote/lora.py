@@ -6,19 +6,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from peer.model.errors import BadInputs
 from peer.model.extras import Pair
+from peer.model.peft_files import CONFIG, PREFIX, WEIGHTS, read_peft, scale_of
 from peer.remote.ends import Matrix
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 class Lora(nn.Module):
@@ -89,39 +85,6 @@ class Lora(nn.Module):
         lora.down = nn.ParameterList(down for down, _ in pairs.values())
         lora.up = nn.ParameterList(up for _, up in pairs.values())
         return lora
-
-
-def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
-    """A LoRA adapter's config, and its A and B by path, unscaled. Raises BadInputs."""
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
-        raise BadInputs(
-            f"{directory} needs {CONFIG} and {WEIGHTS}: only safetensors are read, never a pickle"
-        )
-    config: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    odd = [
-        name
-        for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
-        if config.get(name)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise BadInputs(
-            f"{directory} is no plain LoRA: {', '.join(odd) or config.get('peft_type')} is not served"
-        )
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load_file(directory / WEIGHTS).items():
-        path, _, side = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if side not in ("lora_A", "lora_B"):
-            raise BadInputs(f"{directory} holds {name}, which is no matrix of a LoRA")
-        found.setdefault(path, {})[side] = tensor.float()
-    if any(pair.keys() != {"lora_A", "lora_B"} for pair in found.values()):
-        raise BadInputs(f"{directory} has an A without B, or a B without A")
-    return config, {path: (pair["lora_A"], pair["lora_B"]) for path, pair in sorted(found.items())}
-
-
-def scale_of(config: Mapping[str, Any]) -> float:
-    """What PEFT multiplies B A with."""
-    rank = float(config["r"])
-    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _began(rank: int, inputs: int) -> torch.Tensor:

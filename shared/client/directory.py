@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from shared.announcement import CLOCK_SKEW_S, MAX_LEASE_S, newer, read_announcement
 from shared.errors import NoRoute, ProtocolError
 from shared.identity import PeerId
-from shared.protocol import Announcement, SignedRecord
+from shared.protocol import Announcement, HostedAdapter, SignedRecord
 from shared.spans import Span, coverage, gaps
 
 log = logging.getLogger(__name__)
@@ -119,10 +119,21 @@ class Directory:
         models = [ServedModel(announcements) for announcements in by_artefact.values()]
         return sorted(models, key=lambda model: (not model.covered, model.name, -len(model.peers)))
 
+    def adapted(self) -> list[ServedModel]:
+        """Every artefact with every adapter that a live peer hosts for it, named `model+adapter`."""
+        hosts: dict[tuple[str, HostedAdapter], list[Announcement]] = {}
+        for peer in self.live():
+            for adapter in peer.adapters:
+                hosts.setdefault((peer.artefact, adapter), []).append(peer)
+        models = [ServedModel(peers, adapter) for (_, adapter), peers in hosts.items()]
+        return sorted(models, key=lambda model: (not model.covered, model.name, -len(model.peers)))
+
     def find(self, name: str) -> ServedModel:
         """The best covered artefact with this model name (or artefact id). Raises NoRoute."""
-        for model in self.models():
-            if name in (model.name, model.artefact):
+        models = self.models()
+        adapted = self.adapted() if "+" in name else []
+        for model in [*models, *adapted]:
+            if name == model.name or (name == model.artefact and not model.adapter):
                 return model
         raise NoRoute(f"no live peer serves any layer of {name}")
 
@@ -168,10 +179,12 @@ class Directory:
 class ServedModel:
     """One artefact and the live peers that announce layers of it."""
 
-    def __init__(self, peers: Sequence[Announcement]) -> None:
+    def __init__(self, peers: Sequence[Announcement], adapter: HostedAdapter | None = None) -> None:
         first = peers[0]
         self.peers = sorted(peers, key=lambda peer: (peer.start, peer.end, peer.name))
-        self.name = first.model
+        self.name = f"{first.model}+{adapter.name}" if adapter else first.model
+        self.adapter = adapter.id if adapter else ""
+        """The id of the adapter with which these peers serve it; empty for the model as it is."""
         self.artefact = first.artefact
         self.layer_count = first.layer_count
         self.context_length = min(peer.context_length for peer in peers)

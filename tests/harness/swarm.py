@@ -97,7 +97,13 @@ class Swarm:
             await self.start_one(name, f"{start}:{end}")
 
     async def start_one(
-        self, name: str, layers: str, *, model: Path | None = None, relays: Sequence[int] | None = None
+        self,
+        name: str,
+        layers: str,
+        *,
+        model: Path | None = None,
+        relays: Sequence[int] | None = None,
+        adapters: Sequence[str] = (),
     ) -> Peer:
         settings = PeerSettings(
             relays=self.relay_urls if relays is None else tuple(self.relays[number].url for number in relays),
@@ -108,6 +114,7 @@ class Swarm:
             threads=1,
             quantize=self._quantize,
             direct=self._direct,
+            adapters=tuple(adapters),
         )
         stack = AsyncExitStack()
         peer = await stack.enter_async_context(Peer(settings, Identity.generate()))

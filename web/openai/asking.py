@@ -94,6 +94,7 @@ class Asker:
         )
         request = Request(
             artefact=model.artefact,
+            adapter=model.adapter,
             prompt=prompt.tokens,
             max_new_tokens=room_for(
                 model,

@@ -69,6 +69,7 @@ class Completions:
             tokens = _tokens(text, tokenizer)
             request = Request(
                 artefact=model.artefact,
+                adapter=model.adapter,
                 prompt=tokens,
                 # A swarm draws at least one token; when none is wanted, it is not told.
                 max_new_tokens=room_for(model, len(tokens), max(wanted, 1), "prompt"),

@@ -39,7 +39,7 @@ class Models:
 
     def _by_name(self) -> dict[str, ServedModel]:
         by_name: dict[str, ServedModel] = {}
-        for model in self._directory.models():
+        for model in [*self._directory.models(), *self._directory.adapted()]:
             by_name.setdefault(model.name, model)  # of several artefacts, the one that `find` gives
         return by_name
 
