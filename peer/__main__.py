@@ -18,6 +18,7 @@ from peer.doctor import doctor
 from peer.lifecycle import Peer
 from peer.model.allocator import keep_big_temporaries
 from peer.settings import DEMO_MODEL, PeerSettings
+from peer.tuning.command import tune
 from shared import event_loop
 from shared.channel.addresses import parse_listen
 from shared.errors import SettingsError
@@ -35,6 +36,7 @@ from shared.settings import (
 
 app = typer.Typer(add_completion=False)
 app.command()(doctor)
+app.command()(tune)
 
 
 @app.callback(invoke_without_command=True)
@@ -117,7 +119,7 @@ def peer(
         list[str] | None,
         typer.Option(
             metavar="DIR",
-            help="LoRA to offer beside the model, as adapter_config.json and adapter_model.safetensors; chats ask"
+            help="LoRA to offer beside the model, in the files of PEFT; chats ask"
             " for it as MODEL+NAME, its name being the directory's. May be repeated.",
         ),
     ] = None,
@@ -143,8 +145,10 @@ def peer(
     """
     if context.invoked_subcommand is not None:
         # `peer --relay URL doctor` means the same as `peer doctor --relay URL`.
+        names = {"doctor": ("relay", "listen", "advertise", "device", "log_level")}
         told = {
-            name: context.params[name] for name in ("relay", "listen", "advertise", "device", "log_level")
+            name: context.params[name]
+            for name in names.get(context.invoked_subcommand, ("relay", "model", "log_level"))
         }
         context.default_map = {context.invoked_subcommand: told}
         return

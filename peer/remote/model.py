@@ -34,12 +34,13 @@ from peer.remote.chain import Chain
 from peer.remote.ends import Ends, Matrix, Task, load_ends
 from peer.remote.layers import RemoteLayers, Swarm
 from peer.remote.lora import Lora
+from peer.remote.prompts import load_prompt
 from peer.remote.session import RemoteSession
 from peer.serving.passes import PROMPT
 from shared.client.directory import ServedModel
 from shared.client.swarm_client import SwarmClient
 from shared.errors import NoRoute
-from shared.identity import Identity
+from shared.identity import Identity, PeerId
 
 APPEAR_S = 30.0
 """How long to wait until relays show all layers."""
@@ -134,6 +135,15 @@ class RemoteModel:
             began = table(rows).detach().float()
         self.prompt = nn.Parameter(began)
         return self.prompt
+
+    def load_prompt(self, directory: str | Path) -> nn.Parameter:
+        """Virtual tokens of PEFT's files."""
+        self.prompt = nn.Parameter(load_prompt(Path(directory), self._width))
+        return self.prompt
+
+    def peer_name(self, peer: PeerId) -> str:
+        """What a peer calls itself."""
+        return self._client.directory.name(peer)
 
     def new_deep_prompts(self, count: int) -> nn.Parameter:
         """Something to add at the entry of every layer to the first `count` positions, zeros at first."""

@@ -1,0 +1,1 @@
+"""Fine-tuning as a job: records in, what was learnt out."""
