@@ -27,7 +27,17 @@ from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span as LoadedSpan
 from peer.model.threads import measure_threads
 from peer.neighbours import look_around
-from peer.placement import Choice, Placed, choose_move, choose_span, usual_speed, yields
+from peer.placement import (
+    DRAIN_S,
+    PROPAGATION_S,
+    RECONSIDER_S,
+    Choice,
+    Placed,
+    choose_move,
+    choose_span,
+    usual_speed,
+    yields,
+)
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
 from peer.settings import Budget, PeerSettings, default_threads, free_memory, memory_budget
@@ -44,12 +54,6 @@ from shared.tokenizer_files import files_hash
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 20.0
-"""How long a peer that leaves lets its sessions finish; after that their askers re-route."""
-PROPAGATION_S = 1.0
-"""After that time others have heard an announcement: two that chose at once see each other."""
-RECONSIDER_S = 120.0
-"""How often a peer looks whether other layers would help more: half to one and a half times this."""
 UNKNOWN_CONTEXT = 8192
 """Positions offered when the model's config sets no bound (ALiBi models)."""
 

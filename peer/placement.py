@@ -26,6 +26,13 @@ from shared.identity import PeerId
 from shared.protocol import Announcement
 from shared.spans import Span, coverage
 
+DRAIN_S = 20.0
+"""How long a peer that leaves lets its sessions finish; after that their askers re-route."""
+PROPAGATION_S = 1.0
+"""After that time others have heard an announcement: two that chose at once see each other."""
+RECONSIDER_S = 120.0
+"""How often a peer looks whether other layers would help more: half to one and a half times this."""
+
 COPIES = 2
 """Peers that every layer shall have before throughput counts: with one, its leaving stops the swarm."""
 KEEP = 0.9
@@ -145,8 +152,18 @@ class _Layers:
         self.held: NDArray[np.int64] = np.zeros(layer_count, np.int64)
         self.carries: NDArray[np.float64] = np.zeros(layer_count)
         self.edges = {0, layer_count}
+        # Each span changes two places of a difference, whatever its length.
+        held, carries = [0] * (layer_count + 1), [0.0] * (layer_count + 1)
         for each in placed:
-            self.add(each.span, each.speed)
+            start, end = each.span.start, each.span.end
+            share = each.speed / (end - start)
+            held[start] += 1
+            held[end] -= 1
+            carries[start] += share
+            carries[end] -= share
+            self.edges |= {start, end}
+        self.held += np.cumsum(held[:-1])
+        self.carries += np.maximum(np.cumsum(carries[:-1]), 0.0) * (self.held > 0)
 
     def add(self, span: Span, speed: float, times: int = 1) -> None:
         self.held[span.start : span.end] += times
@@ -187,10 +204,8 @@ def carried(placed: Sequence[Placed], layer_count: int) -> float:
     The maximum flow. For a given rate, layers are served in order, each by the peers that end first: what
     these have left is of no use later, so if that fails nothing else succeeds.
     """
-    ideal = sum(each.speed for each in placed) / layer_count
-    starting: list[list[tuple[int, float]]] = [[] for _ in range(layer_count)]
-    for each in placed:
-        starting[each.span.start].append((each.span.end, each.speed))
+    ideal = _ideal(placed, layer_count)
+    starting = _starting(placed, layer_count)
     low, high = 0.0, ideal
     if _feasible(starting, ideal * (1 - 1e-9)):
         return ideal
@@ -198,6 +213,23 @@ def carried(placed: Sequence[Placed], layer_count: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _feasible(starting, middle) else (low, middle)
     return low
+
+
+def _ideal(placed: Sequence[Placed], layer_count: int) -> float:
+    """What no arrangement of these peers exceeds."""
+    return sum(each.speed for each in placed) / layer_count
+
+
+def _starting(placed: Sequence[Placed], layer_count: int) -> list[list[tuple[int, float]]]:
+    """For each layer, the (end, speed) of all that begins there; peers with the same span are one."""
+    together: dict[tuple[int, int], float] = {}
+    for each in placed:
+        span = each.span.start, each.span.end
+        together[span] = together.get(span, 0.0) + each.speed
+    starting: list[list[tuple[int, float]]] = [[] for _ in range(layer_count)]
+    for (start, end), speed in together.items():
+        starting[start].append((end, speed))
+    return starting
 
 
 def _feasible(starting: Sequence[Sequence[tuple[int, float]]], rate: float) -> bool:
@@ -292,8 +324,10 @@ def _near(span: Span, *places: Span) -> bool:
 def _nothing_to_gain(placed: Sequence[Placed], layer_count: int) -> bool:
     """True when no arrangement could be clearly better: cheap to tell, and most often so in large swarms."""
     layers = _Layers(placed, layer_count)
-    ideal = sum(each.speed for each in placed) / layer_count
-    return int(layers.held.min()) >= COPIES and float(layers.carries.min()) >= KEEP * ideal
+    if int(layers.held.min()) < COPIES:
+        return False
+    enough = KEEP * _ideal(placed, layer_count)
+    return float(layers.carries.min()) >= enough or _feasible(_starting(placed, layer_count), enough)
 
 
 def _wanted(me: Placed, others: Sequence[Placed], options: Sequence[Span], layer_count: int) -> Span | None:
@@ -303,7 +337,7 @@ def _wanted(me: Placed, others: Sequence[Placed], options: Sequence[Span], layer
     alone = msgspec.structs.replace(me, span=_Layers(others, layer_count).best(options, me.speed))
     if alone.span != me.span and worth([alone, *others], layer_count).clearly_above(before):
         return alone.span
-    if len(now) > SMALL_SWARM or _near_ideal(before, now, layer_count):
+    if len(now) > SMALL_SWARM:
         return None
     after = _arranged(tuple(_in_order(now)), layer_count)
     if not worth(after, layer_count).clearly_above(before):
@@ -313,11 +347,6 @@ def _wanted(me: Placed, others: Sequence[Placed], options: Sequence[Span], layer
     # All peers find the same arrangement; the first that can leaves, and the others look again after it.
     first = next((each for each in movers if may_leave(each, _without(now, each), layer_count)), None)
     return spans[me.peer] if first == me and spans[me.peer] in options else None
-
-
-def _near_ideal(worth: Worth, placed: Sequence[Placed], layer_count: int) -> bool:
-    ideal = Worth(layer_count, layer_count, sum(each.speed for each in placed) / layer_count)
-    return not ideal.clearly_above(worth)
 
 
 @lru_cache(maxsize=16)  # until something changes, a peer that looks again need not search again

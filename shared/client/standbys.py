@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from shared.client.route_planner import Candidate
+from shared.client.route_planner import Candidate, usual
 from shared.identity import PeerId
 from shared.protocol import RouteSpan
+from shared.spans import Span
 
 
 class Standby:
@@ -65,21 +66,23 @@ def choose_standby(
 ) -> PeerId | None:
     """Who should stand by for a span: holds all of it, has room, and has the least to do.
 
-    `busiest` is the wait in ms beyond which a peer is left to those who ask it.
+    `busiest` is how many ms a token may take there, with all its sessions, beyond twice what is usual: a peer
+    that cannot keep up would have to catch up with all whom it follows at the moment it is needed.
     """
+    pace = usual([candidate.ms_per_layer for candidate in candidates], 1.0)
+    most_ms = busiest + 2 * pace * (span.end - span.start)
     fitting = [
-        candidate
+        (burden, layers, candidate.rtt_ms or 0.0, candidate.peer)
         for candidate in candidates
-        if candidate.span.start <= span.start
-        and span.end <= candidate.span.end
-        and candidate.kv_tokens_free >= tokens
-        and candidate.wait_ms <= busiest
+        if candidate.span.holds(Span(span.start, span.end)) and candidate.kv_tokens_free >= tokens
+        # Fewer layers first: whoever holds many may be the only one that can stand by elsewhere.
+        for burden, layers in [(_burden_ms(candidate, span, pace), len(candidate.span))]
+        if burden <= most_ms
     ]
-    best = min(fitting, key=_burden, default=None)
-    return None if best is None else best.peer
+    return min(fitting)[3] if fitting else None
 
 
-def _burden(candidate: Candidate) -> tuple[float, int, float, str]:
-    # Fewer layers first: whoever holds many may be the only one that can stand by elsewhere.
-    layers = candidate.span.end - candidate.span.start
-    return candidate.sessions + candidate.wait_ms / 10, layers, candidate.rtt_ms or 0.0, candidate.peer
+def _burden_ms(candidate: Candidate, span: RouteSpan, pace: float) -> float:
+    """What a token would take there: a slow peer with few sessions may be busier than a fast one."""
+    per_layer = candidate.ms_per_layer if candidate.ms_per_layer is not None else pace
+    return candidate.wait_ms + (1 + candidate.sessions) * per_layer * (span.end - span.start)

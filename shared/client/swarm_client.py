@@ -56,7 +56,7 @@ from shared.tokenizer_files import files_hash, split_files
 log = logging.getLogger(__name__)
 
 BUSY_STANDBY_MS = 100.0
-"""Peers whose steps wait longer than this have enough to do with the sessions that they serve."""
+"""What a token may take longer than usual at a standby: busier peers could not follow."""
 FETCH_TIMEOUT_S = 15.0
 FULL_PROBE_S = 1.0
 """How long peers may take to say whether they are still full: there is nothing else to do meanwhile."""
@@ -167,8 +167,11 @@ class SwarmClient:
                 with contextlib.suppress(NoRoute, Busy):
                     best = fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
                     return self._where_it_began(request, best, candidates, tokens, salt)
+            replay = len(request.prompt) if avoid else 0
             try:
-                return fill_route(survivors, candidates, layers, model=model, tokens=tokens, salt=salt)
+                return fill_route(
+                    survivors, candidates, layers, model=model, tokens=tokens, salt=salt, replay=replay
+                )
             except Busy:
                 raise explain(candidates, self._probes.loads(), layers, model, tokens) from None
 
@@ -218,10 +221,14 @@ class SwarmClient:
         serving = self.directory.serving(artefact)
         if not serving:
             raise NoRoute("no live peer serves any layer of this model")
-        ours = Counter(peer for generation in self._generations.values() for peer in generation.peers)
+        ours = Counter(
+            span.peer
+            for generation in self._generations.values()
+            for span in (*generation.route, *generation.standbys)
+        )
         loads = self._probes.loads()
         candidates = [
-            informed(self._candidate(peer), loads.get(PeerId(peer.peer)), ours[PeerId(peer.peer)])
+            informed(self._candidate(peer), loads.get(PeerId(peer.peer)), ours[peer.peer])
             for peer in serving
             if peer.peer not in avoid and (not adapter or adapter in {one.id for one in peer.adapters})
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.announcement import CLOCK_SKEW_S, MAX_LEASE_S, sign_announcement
@@ -138,6 +138,7 @@ def test_what_a_lost_relay_showed_is_no_evidence_against_another(directory: Dire
     assert [live.peer for live in directory.live()] == [bob.id]
 
 
+@settings(deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_the_union_does_not_depend_on_which_relay_says_what_when(chance: random.Random) -> None:
     """Records of three peers, dealt to three relays in any order and number: the newest of each counts."""

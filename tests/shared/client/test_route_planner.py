@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import hypothesis.strategies as st
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from shared.client.route_planner import Candidate, fill_route, plan_route
+from shared.client.standbys import choose_standby
 from shared.errors import Busy, NoRoute
 from shared.identity import PeerId
 from shared.protocol import RouteSpan
@@ -91,3 +95,80 @@ def test_a_route_exists_exactly_when_every_layer_is_held(spans: list[tuple[int, 
     assert len({name for name, _, _ in route}) == len(route)
     holders = {candidate.peer: candidate.span for candidate in candidates}
     assert all(holders[PeerId(name)].holds(Span(start, end)) for name, start, end in route)
+
+
+# ---------------------------------------------------------------- what a hop costs
+
+
+def measured(name: str, start: int, end: int, **changes: float) -> Candidate:
+    return msgspec.structs.replace(peer(name, start, end), **changes)
+
+
+def test_an_unknown_round_trip_costs_what_a_known_one_usually_costs() -> None:
+    known = [measured(f"far{number}", 0, 8, rtt_ms=80.0) for number in range(3)]
+    near, unknown = measured("near", 0, 8, rtt_ms=70.0), peer("unknown", 0, 8)
+    assert plan([*known, near, unknown], 8) == [("near", 0, 8)]
+    assert plan([*known, measured("far", 0, 8, rtt_ms=90.0), unknown], 8) != [("far", 0, 8)]
+
+
+def test_a_queue_sends_sessions_to_a_slower_peer_that_is_idle() -> None:
+    busy, idle = measured("busy", 0, 8, wait_ms=10.0), peer("idle", 0, 8, ms=4.0)
+    assert plan([busy, idle], 8) == [("idle", 0, 8)]
+    assert plan([peer("busy", 0, 8), idle], 8) == [("busy", 0, 8)]
+
+
+def test_sessions_that_a_peer_already_has_count_against_it() -> None:
+    crowded = measured("crowded", 0, 8, sessions=20)
+    assert plan([crowded, peer("alone", 0, 8, ms=2.0)], 8) == [("alone", 0, 8)]
+
+
+def test_with_much_to_catch_up_with_a_fast_peer_far_away_is_better_than_a_slow_one_near_by() -> None:
+    slow, fast = measured("slow", 0, 8, ms_per_layer=3.0, rtt_ms=2.0), measured("fast", 0, 8, rtt_ms=90.0)
+
+    def chosen(replay: int) -> str:
+        route = plan_route([slow, fast], Span(0, 8), model="demo", tokens=10, salt="s", replay=replay)
+        return route[0].peer
+
+    assert (chosen(0), chosen(400)) == ("slow", "fast")
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32))
+def test_of_many_peers_a_few_are_looked_at_and_still_every_layer_is_found(seed: int) -> None:
+    numbers = random.Random(seed)
+    crowd = []
+    for number in range(200):
+        start = numbers.randrange(9)
+        crowd.append(peer(f"p{number}", start, start + numbers.randint(1, 3), ms=numbers.choice((1.0, 9.0))))
+    only = peer("only", 11, 12, ms=50.0)
+    held = {layer for each in crowd for layer in range(each.span.start, each.span.end)} | {11}
+    if held != set(range(12)):
+        return
+    route = plan([*crowd, only], 12)
+    assert route[-1] == ("only", 11, 12)
+    assert [layer for _, start, end in route for layer in range(start, end)] == list(range(12))
+
+
+# ---------------------------------------------------------------- standbys
+
+
+def standby(span: tuple[int, int], candidates: list[Candidate], busiest: float = 100.0) -> str | None:
+    return choose_standby(RouteSpan("ann", *span), candidates, tokens=10, busiest=busiest)
+
+
+def test_a_standby_holds_the_whole_span_and_has_room() -> None:
+    others = [peer("part", 0, 3), peer("full", 0, 8, room=5), peer("bob", 0, 8)]
+    assert standby((0, 4), others) == "bob"
+    assert standby((0, 4), others[:2]) is None
+
+
+def test_a_fast_peer_with_some_sessions_stands_by_rather_than_a_slow_one_with_none() -> None:
+    fast = measured("fast", 0, 8, sessions=5)
+    assert standby((0, 4), [peer("slow", 0, 8, ms=20.0), fast]) == "fast"
+
+
+def test_a_peer_that_could_not_keep_up_is_not_asked_to_stand_by() -> None:
+    overrun = measured("overrun", 0, 8, ms_per_layer=20.0, sessions=30)
+    assert standby((0, 4), [overrun]) is None
+    # Where everyone is slow, slow is usual.
+    assert standby((0, 4), [peer(name, 0, 8, ms=60.0) for name in ("bob", "eve")]) == "bob"
