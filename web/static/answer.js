@@ -3,6 +3,7 @@ import { computed, signal } from "@preact/signals";
 import { streamAnswer, AskFailed } from "./completions.js";
 import { Conversation, Message, beginConversation, conversation } from "./conversations.js";
 import { RouteRecord } from "./route.js";
+import { preamble, wishes } from "./settings.js";
 import { chosenModel, lookAgain } from "./swarm.js";
 
 const running = signal(/** @type {AbortController | null} */ (null));
@@ -28,6 +29,18 @@ export function tryAgain(message) {
   return answerLeaf(conversation.peek(), model.id, message.parent);
 }
 
+/**
+ * The same question in other words. The old one stays in the tree.
+ * @param {Message} message
+ * @param {string} question
+ */
+export function askInstead(message, question) {
+  const model = chosenModel.peek();
+  if (answering.peek() || !model || !question.trim()) return;
+  conversation.peek().add("user", question.trim(), message.parent);
+  return answerLeaf(conversation.peek(), model.id);
+}
+
 /** End the answer that is under way; what it said so far stays. */
 export function stop() {
   running.peek()?.abort();
@@ -46,15 +59,13 @@ export function newChat() {
  */
 async function answerLeaf(talk, model, parent) {
   const message = parent === undefined ? talk.add("assistant") : talk.add("assistant", "", parent);
-  const said = talk.path
-    .peek()
-    .slice(0, -1)
-    .map(({ role, content }) => ({ role, content: content.peek() }));
+  const path = talk.path.peek().slice(0, -1);
+  const said = [...preamble(), ...path.map(({ role, content }) => ({ role, content: content.peek() }))];
   const abort = new AbortController();
   const record = new RouteRecord();
   running.value = abort;
   try {
-    for await (const chunk of streamAnswer(model, said, abort.signal)) take(chunk, message, record);
+    for await (const chunk of streamAnswer(model, said, wishes(), abort.signal)) take(chunk, message, record);
     message.state.value = "done";
   } catch (error) {
     if (abort.signal.aborted) message.state.value = "stopped";

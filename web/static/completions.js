@@ -34,16 +34,17 @@ export class AskFailed extends Error {}
  * Stream an answer. Throws AskFailed; aborting the signal throws the signal's reason.
  * @param {string} model
  * @param {{role: string, content: string}[]} messages
+ * @param {Record<string, number>} wishes how to sample
  * @param {AbortSignal} signal
  * @returns {AsyncGenerator<Chunk>}
  */
-export async function* streamAnswer(model, messages, signal) {
+export async function* streamAnswer(model, messages, wishes, signal) {
   const response = await reach(
     () =>
       fetch("/v1/chat/completions", {
         method: "POST",
         headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ model, messages, stream: true, swarm: { route: true } }),
+        body: JSON.stringify({ model, messages, ...wishes, stream: true, swarm: { route: true } }),
         signal,
       }),
     signal,

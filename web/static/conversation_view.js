@@ -2,7 +2,7 @@
 import { effect, useComputed } from "@preact/signals";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { announce, sentenceEnd } from "./announcer.js";
-import { tryAgain } from "./answer.js";
+import { answering, askInstead, tryAgain } from "./answer.js";
 import { send } from "./composer.js";
 import { conversation } from "./conversations.js";
 import { CopyButton } from "./copy.js";
@@ -71,7 +71,52 @@ function Following({ children }) {
 
 /** @param {{message: Message}} props */
 function Question({ message }) {
-  return html`<article class="question" aria-label="You">${message.content.value}</article>`;
+  const [editing, setEditing] = useState(false);
+  if (editing) return html`<${Rewording} message=${message} done=${() => setEditing(false)} />`;
+  return html`<div class="asked">
+    <article class="question" aria-label="You">${message.content.value}</article>
+    <footer>
+      <${Branches} message=${message} />
+      <button type="button" class="quiet" aria-label="${text.edit} your message" onClick=${() => setEditing(true)}>
+        ${text.edit}
+      </button>
+    </footer>
+  </div>`;
+}
+
+/** @param {{message: Message, done: () => void}} props */
+function Rewording({ message, done }) {
+  const field = useRef(/** @type {HTMLTextAreaElement | null} */ (null));
+  useEffect(() => field.current?.focus(), []);
+  const send = (/** @type {Event} */ event) => {
+    event.preventDefault();
+    if (answering.peek()) return;
+    askInstead(message, field.current?.value ?? "");
+    done();
+  };
+  const keyDown = (/** @type {KeyboardEvent} */ event) => {
+    if (event.isComposing || event.keyCode === 229) return;
+    if (event.key === "Escape") done();
+    if (event.key === "Enter" && !event.shiftKey) send(event);
+  };
+  return html`<form class="rewording" onSubmit=${send}>
+    <textarea aria-label=${text.editQuestion} ref=${field} rows="3" onKeyDown=${keyDown}>${message.content.peek()}</textarea>
+    <button type="button" class="quiet" onClick=${done}>${text.cancel}</button>
+    <button type="submit" class="soft" aria-disabled=${answering.value}>${text.send}</button>
+  </form>`;
+}
+
+/** Which of several answers, or wordings, this is, and the way to the others. @param {{message: Message}} props */
+function Branches({ message }) {
+  const talk = conversation.value;
+  const all = talk.siblings(message);
+  if (all.length < 2) return null;
+  const at = all.indexOf(message);
+  const turn = (/** @type {number} */ to, /** @type {string} */ sign, /** @type {string} */ name) =>
+    html`<button type="button" class="quiet" aria-label=${name} aria-disabled=${!all[to]} onClick=${() => all[to] && talk.choose(all[to])}>
+      ${sign}
+    </button>`;
+  return html`<span class="branches">${turn(at - 1, "‹", "Earlier version")}${at + 1}/${all.length}${turn(at + 1, "›", "Later version")}</span>`;
 }
 
 /** @param {{message: Message}} props */
@@ -137,6 +182,7 @@ function Ending({ message }) {
   const state = message.state.value;
   const numbers = useComputed(() => summary(message)).value;
   if (state === "waiting" || state === "streaming") return null;
+  const last = conversation.value.path.value.at(-1) === message;
   const broken = state === "failed" || state === "stopped";
   return html`
     ${state === "failed" &&
@@ -144,11 +190,24 @@ function Ending({ message }) {
     <footer>
       ${state === "stopped" && html`<span>${text.stopped}</span>`}
       ${numbers && html`<span>${numbers}</span>`}
+      <${ContextMeter} message=${message} />
+      <${Branches} message=${message} />
       <${CopyButton} text=${() => message.content.peek()} what="the answer" />
-      ${broken &&
-      html`<button type="button" class="quiet again" onClick=${() => tryAgain(message)}>${text.tryAgain}</button>`}
+      ${(broken || last) &&
+      html`<button type="button" class="quiet ${broken ? "again" : ""}" onClick=${() => tryAgain(message)}>${text.tryAgain}</button>`}
     </footer>
   `;
+}
+
+/** How much of what the model can look back on is used, after the newest answer. @param {{message: Message}} props */
+function ContextMeter({ message }) {
+  const used = message.numbers.value?.context_tokens;
+  const all = chosenModel.value?.context_length;
+  if (!used || !all || conversation.value.path.value.at(-1) !== message) return null;
+  const said = `${used.toLocaleString("en")} of ${all.toLocaleString("en")} tokens`;
+  return html`<span class="context" title=${text.contextUsed}>
+    <meter min="0" max=${all} high=${all * 0.85} value=${used} aria-label=${text.contextUsed}>${said}</meter>${said}
+  </span>`;
 }
 
 /** @param {Message} message */

@@ -4,6 +4,7 @@ import { announced } from "./announcer.js";
 import { answering, stop } from "./answer.js";
 import { Composer, focusComposer } from "./composer.js";
 import { ConversationView } from "./conversation_view.js";
+import { Settings, SettingsButton, Shortcuts, showSettings, showShortcuts } from "./dialogs.js";
 import { Drawer, DrawerButton, searchChats, startOver, toggleDrawer } from "./drawer.js";
 import { Logo } from "./flower.js";
 import { html } from "./html.js";
@@ -23,6 +24,8 @@ function Page() {
     </main>
     <${RoutePanel} />
     <${Drawer} />
+    <${Settings} />
+    <${Shortcuts} />
     <${Announcer} />
   `;
 }
@@ -33,6 +36,7 @@ function Header() {
     <div class="brand"><${Logo} /><h1>Corolla</h1></div>
     <${ModelPicker} />
     <${SwarmState} />
+    <${SettingsButton} />
     <button type="button" class="soft new-chat" onClick=${startOver}>
       <span aria-hidden="true">+</span> ${text.newChat}
     </button>
@@ -79,13 +83,23 @@ addEventListener("keydown", (event) => {
     focusComposer();
   }
   const act = shortcuts[shortcutOf(event)];
-  if (!act) return;
+  // A character in a text field is only a character.
+  const typed = event.key.length === 1 && !event.ctrlKey && !event.metaKey;
+  if (!act || (typed && event.target instanceof Element && event.target.matches("input, textarea, select"))) return;
   event.preventDefault();
   act();
 });
 
 /** @type {Record<string, () => void>} */
-const shortcuts = { "mod+shift+o": startOver, "mod+k": searchChats, "mod+b": toggleDrawer };
+const shortcuts = {
+  "mod+shift+o": startOver,
+  "mod+k": searchChats,
+  "mod+b": toggleDrawer,
+  "mod+,": showSettings,
+  "mod+/": showShortcuts,
+  "shift+?": showShortcuts,
+  "?": showShortcuts,
+};
 
 /** @param {KeyboardEvent} event */
 function shortcutOf(event) {

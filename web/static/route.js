@@ -22,6 +22,7 @@ const MOST_LANES = 12;
  * @property {number} tokens
  * @property {number | null} first_token_ms
  * @property {number | null} tokens_per_s
+ * @property {number} [context_tokens] the question, the answer and all before them
  * @property {{computed_ms: number, waited_ms: number, other_ms: number} | null} mean how one token's time was spent
  */
 
@@ -39,6 +40,7 @@ export class RouteRecord {
   #first = 0;
   #last = 0;
   #count = 0;
+  #position = -1;
   /** @type {TokenTrace[]} */
   #recent = [];
   #timer = 0;
@@ -56,6 +58,7 @@ export class RouteRecord {
     this.#last = performance.now();
     this.#first ||= this.#last;
     this.#count += traces.length;
+    this.#position = traces[traces.length - 1].position;
     this.#recent = [...this.#recent, ...traces].slice(-RECENT_TOKENS);
     this.#timer ||= setTimeout(() => this.#show(), SHOW_EVERY_MS);
   }
@@ -86,6 +89,7 @@ export class RouteRecord {
       tokens: this.#count,
       first_token_ms: this.#count ? this.#first - this.#asked : null,
       tokens_per_s: rate(this.#count - 1, this.#last - this.#first),
+      context_tokens: this.#position + 1,
       mean: meanToken(this.#recent),
     };
   }

@@ -25,6 +25,7 @@ const LONGEST_RETRY_MS = 15_000;
  * @property {string} model
  * @property {string} artefact
  * @property {number} layer_count
+ * @property {number} context_length
  * @property {number[]} coverage
  * @property {number[][]} gaps
  */
