@@ -29,6 +29,7 @@ LIBRARIES = {
     "htm.js": "htm/dist/htm.mjs",
     "marked.js": "marked/lib/marked.esm.js",
     "dompurify.js": "dompurify/dist/purify.es.mjs",
+    "qrcode.js": "qrcode-generator/dist/qrcode.mjs",
     "highlight/core.js": "@highlightjs/cdn-assets/es/core.min.js",
 }
 """Our name for each file, and where npm puts it. Named .js, since .mjs has no type on some machines."""

@@ -52,6 +52,7 @@ function Following({ children }) {
       setAway(!following);
     };
     const grown = new ResizeObserver(() => {
+      if (view.querySelector(".welcome")) return; // that is read from its beginning
       if (following) view.scrollTop = view.scrollHeight;
       else look();
     });

@@ -9,7 +9,7 @@ import { conversation, titleOf } from "./conversations.js";
 import { ImportFailed, download, fileName, fromJson, toJson, toMarkdown } from "./exchange.js";
 import { html } from "./html.js";
 import { clearRoute } from "./route.js";
-import { everything, keep, keeps, openChat, remove, rename, saveNow, search, shelf } from "./shelf.js";
+import { everything, keep, keeps, openChat, remove, rename, saveNow, search, shelf, toChat } from "./shelf.js";
 import { ago, counted, text } from "./words.js";
 
 /** @type {import("preact").RefObject<HTMLDialogElement | null>} */
@@ -44,6 +44,7 @@ function closeDrawer() {
 export function startOver() {
   newChat();
   clearRoute();
+  toChat();
   dialog.current?.close();
   focusComposer();
 }
@@ -161,6 +162,7 @@ async function show(id) {
     clearRoute();
     await openChat(id);
   }
+  toChat();
   closeDrawer();
 }
 

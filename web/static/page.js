@@ -10,19 +10,24 @@ import { Logo } from "./flower.js";
 import { html } from "./html.js";
 import { Notices } from "./notices.js";
 import { RoutePanel } from "./route_view.js";
-import { startShelf } from "./shelf.js";
+import { chatAddress, startShelf } from "./shelf.js";
 import { choices, chooseModel, chosenModel, gatewayThere, isCovered, swarm, watchSwarm } from "./swarm.js";
+import { SwarmPage } from "./swarm_page.js";
+import { SWARM_ADDRESS, view } from "./view.js";
 import { counted, gapList, text } from "./words.js";
 
+const home = /** @type {HTMLElement} */ (document.getElementById("page"));
+
 function Page() {
+  const chat = view.value === "chat";
+  home.className = chat ? "" : "swarm-view";
   return html`
     <${Header} />
     <${Notices} />
-    <main aria-label="Chat">
-      <${ConversationView} />
-      <${Composer} />
+    <main aria-label=${chat ? text.chat : text.swarm}>
+      ${chat ? html`<${ConversationView} /><${Composer} />` : html`<${SwarmPage} />`}
     </main>
-    <${RoutePanel} />
+    ${chat && html`<${RoutePanel} />`}
     <${Drawer} />
     <${Settings} />
     <${Shortcuts} />
@@ -35,10 +40,10 @@ function Header() {
     <${DrawerButton} />
     <div class="brand"><${Logo} /><h1>Corolla</h1></div>
     <${ModelPicker} />
-    <${SwarmState} />
+    <${Views} />
     <${SettingsButton} />
-    <button type="button" class="soft new-chat" onClick=${startOver}>
-      <span aria-hidden="true">+</span> ${text.newChat}
+    <button type="button" class="soft new-chat" aria-label=${text.newChat} onClick=${startOver}>
+      <span aria-hidden="true">+</span> <span class="long">${text.newChat}</span>
     </button>
   </header>`;
 }
@@ -69,6 +74,16 @@ function SwarmState() {
   else if (!view) said = "connecting";
   else if (!view.relay.connected) said = "relay gone";
   return html`<span class="swarm-state ${well ? "well" : "unwell"}">${said}</span>`;
+}
+
+function Views() {
+  const here = (/** @type {boolean} */ shown) => (shown ? "page" : undefined);
+  return html`<nav class="views" aria-label=${text.views}>
+    <a href=${chatAddress.value} aria-current=${here(view.value === "chat")}>${text.chat}</a>
+    <a href=${SWARM_ADDRESS} aria-current=${here(view.value === "swarm")}>
+      <span class="long">${text.swarm}</span> <${SwarmState} />
+    </a>
+  </nav>`;
 }
 
 function Announcer() {
@@ -110,6 +125,6 @@ function shortcutOf(event) {
 // Or the broken connection would be taken for the gateway's fault, and kept as that.
 addEventListener("beforeunload", stop);
 
-render(html`<${Page} />`, /** @type {HTMLElement} */ (document.getElementById("page")));
+render(html`<${Page} />`, home);
 watchSwarm();
 startShelf();

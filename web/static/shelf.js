@@ -1,7 +1,8 @@
 // Keeps conversations in this browser: in IndexedDB, written a moment after each change, found again after a
 // reload by the id in the page's address. Nothing here leaves the machine.
-import { effect, signal, untracked } from "@preact/signals";
+import { computed, effect, signal, untracked } from "@preact/signals";
 import { Conversation, beginConversation, conversation, titleOf } from "./conversations.js";
+import { view } from "./view.js";
 
 /** @typedef {import("./conversations.js").ConversationRecord} ConversationRecord */
 
@@ -169,13 +170,13 @@ export async function startShelf() {
 }
 
 function followScreen() {
+  effect(showInAddress);
   /** @type {Conversation | null} */
   let seen = null;
   effect(() => {
     const talk = conversation.value;
     const messages = talk.path.value;
     for (const message of messages) [message.content.value, message.state.value, message.numbers.value];
-    showInAddress(messages.length ? `${ADDRESS}${talk.id}` : "");
     const arrived = seen !== talk;
     if (arrived) untracked(saveNow); // the one that was left
     seen = talk;
@@ -190,7 +191,21 @@ function idInAddress() {
   return location.hash.startsWith(ADDRESS) ? location.hash.slice(ADDRESS.length) : "";
 }
 
-/** @param {string} address */
-function showInAddress(address) {
-  if (location.hash !== address) history.replaceState(null, "", address || location.pathname);
+/** Where the conversation on screen is found again. */
+export const chatAddress = computed(() => {
+  const talk = conversation.value;
+  return talk.path.value.length ? `${ADDRESS}${talk.id}` : "#/";
+});
+
+/** Leave the swarm page, if that is on screen. */
+export function toChat() {
+  if (view.peek() !== "chat") location.hash = chatAddress.peek();
+}
+
+function showInAddress() {
+  const address = chatAddress.value;
+  const empty = address === "#/";
+  if (view.value === "chat" && location.hash !== address && !(empty && !location.hash)) {
+    history.replaceState(null, "", empty ? location.pathname : address);
+  }
 }

@@ -16,6 +16,8 @@ const LONGEST_RETRY_MS = 15_000;
  * @property {string} dtype
  * @property {string} device
  * @property {number} kv_tokens_free
+ * @property {number | null} [ms_per_layer] one token through one layer
+ * @property {number | null} [throughput] tokens through one layer in a second, many chats at once
  * @property {"direct" | "relayed" | "local" | null} path
  * @property {number | null} rtt_ms
  * @property {string | null} [path_words] how the gateway reaches it, and why not better
