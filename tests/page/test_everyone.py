@@ -1,8 +1,9 @@
-"""For everyone: axe, the checker that screen reader users' advocates trust, finds nothing serious anywhere."""
+"""For everyone: axe, which judges whether people can use a page without seeing it, finds nothing serious."""
 
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Literal
 
 import pytest
 from playwright.async_api import Page, expect
@@ -27,7 +28,9 @@ async def serious(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-async def test_axe_finds_nothing_serious(page: Page, gateway: FakeGateway, scheme: str) -> None:
+async def test_axe_finds_nothing_serious(
+    page: Page, gateway: FakeGateway, scheme: Literal["light", "dark"]
+) -> None:
     await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     await expect(page.get_by_role("heading", name="A model in many hands")).to_be_visible()
     assert await serious(page) == []

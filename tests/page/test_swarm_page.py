@@ -82,7 +82,9 @@ async def test_the_qr_code_leads_to_this_page(page: Page, gateway: FakeGateway) 
     image = np.full((size, size), 255, np.uint8)
     for column, row in re.findall(r"M(\d+) (\d+)", drawn):
         image[int(row) + 4, int(column) + 4] = 0
-    assert zxingcpp.read_barcode(image.repeat(8, 0).repeat(8, 1)).text == f"{gateway.url}/#/swarm"
+    read = zxingcpp.read_barcode(image.repeat(8, 0).repeat(8, 1))
+    assert read is not None
+    assert read.text == f"{gateway.url}/#/swarm"
 
 
 async def test_the_chat_is_there_again_after_a_look_at_the_swarm(page: Page, gateway: FakeGateway) -> None:
