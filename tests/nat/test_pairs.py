@@ -1,4 +1,7 @@
-"""From any home to any home: at once by the relay, and directly wherever two routers let that happen."""
+"""From any home to any home: at once by the relay, and directly wherever two routers let that happen.
+
+How soon is for `bench.nat`: on a busy machine no time decides anything here.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,6 @@ SHOWN_AS: dict[Kind, NatKind] = {
     "udpblocked": "blocked",
 }
 STRICT = {"firewall", "cone", "symmetric"}
-FIRST_WORD_MS = 1000
-DIRECT_MS = 3000
 
 
 def can_be_direct(one: Kind, other: Kind) -> bool:
@@ -112,9 +113,7 @@ async def test_two_machines_of_one_network_talk_by_tcp_where_udp_is_stopped(fami
             settled = await ann.settle(bob), await bob.settle(ann)
             later = await ann.say(bob)
 
-        assert first.ms < FIRST_WORD_MS
         assert [each.kind for each in settled] == ["socket", "socket"], settled
-        assert settled[0].ms < DIRECT_MS
         assert (later.there, later.back) == ("direct", "direct")
 
 
@@ -155,8 +154,6 @@ async def chat_and_become_direct(lab: Lab, ann: Participant, bob: Participant, w
         later = await ann.say(bob)
         assert (later.there, later.back) == ("direct", "direct")
     print(f"{who}: first word back after {first.ms} ms, direct after {settled[0].ms} ms")
-    assert first.ms < FIRST_WORD_MS
-    assert settled[0].ms < DIRECT_MS
 
 
 async def chat_and_stay_relayed(ann: Participant, bob: Participant) -> list[str]:
@@ -166,5 +163,4 @@ async def chat_and_stay_relayed(ann: Participant, bob: Participant) -> list[str]
     later = await ann.say(bob)
     assert {first.there, first.back, later.there, later.back} == {"relayed"}
     assert {each.path for each in settled} == {"relayed"}
-    assert first.ms < FIRST_WORD_MS
     return [each.why_relayed for each in settled]
