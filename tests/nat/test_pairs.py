@@ -109,7 +109,7 @@ async def test_two_machines_of_one_network_talk_by_tcp_where_udp_is_stopped(fami
             "table inet firm { chain out { type filter hook output priority 0; meta l4proto udp drop; }; }\n"
         )
         async with met(ann, bob, lab.relay_url, listens=True):
-            first = await ann.say(bob)
+            await ann.say(bob)
             settled = await ann.settle(bob), await bob.settle(ann)
             later = await ann.say(bob)
 
