@@ -66,11 +66,11 @@ def choose_standby(
 ) -> PeerId | None:
     """Who should stand by for a span: holds all of it, has room, and has the least to do.
 
-    `busiest` is how many ms a token may take there, with all its sessions, beyond twice what is usual: a peer
-    that cannot keep up would have to catch up with all whom it follows at the moment it is needed.
+    `busiest` is how many ms a token may take there, with all its sessions, where that is more than twice
+    the usual: a peer that cannot keep up would have to catch up with all whom it follows when it is needed.
     """
     pace = usual([candidate.ms_per_layer for candidate in candidates], 1.0)
-    most_ms = busiest + 2 * pace * (span.end - span.start)
+    most_ms = max(busiest, 2 * pace * (span.end - span.start))
     fitting = [
         (burden, layers, candidate.rtt_ms or 0.0, candidate.peer)
         for candidate in candidates
