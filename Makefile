@@ -16,7 +16,7 @@ install: $(INSTALLED)  ## .venv with everything
 
 $(INSTALLED): pyproject.toml constraints.txt package-lock.json hatch_build.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test,check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,test,clients,check]'
 	@touch $(INSTALLED)
 
 test: $(INSTALLED) browser network compiler  ## every test

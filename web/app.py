@@ -26,6 +26,7 @@ from web.openai.completions import Completions
 from web.openai.errors import errors_as_json
 from web.openai.messages import Messages
 from web.openai.models import Models
+from web.openai.openapi import get_openapi
 from web.openai.responses import Responses
 from web.openai.tokenizing import Tokenizing
 from web.page import STATIC, Page
@@ -132,6 +133,7 @@ class Gateway:
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/api/swarm", self._get_swarm)
         app.router.add_get("/api/swarm/events", self._get_swarm_events)
+        app.router.add_get("/openapi.json", get_openapi)
         app.router.add_get("/v1/models", models.get_list)
         app.router.add_get("/v1/models/{id:.+}", models.get_one)
         app.router.add_post("/v1/chat/completions", chat.post)
