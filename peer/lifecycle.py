@@ -54,6 +54,8 @@ from shared.tokenizer_files import files_hash
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 3.0
+"""A load that changed much is announced before the next renewal, but not more often than this."""
 UNKNOWN_CONTEXT = 8192
 """Positions offered when the model's config sets no bound (ALiBi models)."""
 
@@ -101,6 +103,8 @@ class Peer:
         self._options: list[Span] = []
         """Spans that this machine could hold; none when its owner chose one."""
         self._serving = AsyncExitStack()
+        self._told: Announcement | None = None
+        """What was announced last."""
         self._unwanted = False
         self._offer: Offer | None = None
         self._state: PeerState = "joining"
@@ -332,7 +336,8 @@ class Peer:
     async def announce(self, state: PeerState) -> None:
         """Tell the swarm, on every relay, what this peer serves now."""
         self._state = state
-        await self.relays.announce(sign_announcement(self.identity, self._announcement()))
+        self._told = self._announcement()
+        await self.relays.announce(sign_announcement(self.identity, self._told))
 
     def _announcement(self) -> Announcement:
         assert self._offer is not None
@@ -374,7 +379,10 @@ class Peer:
     async def _keep_announced(self) -> None:
         while True:
             await self.announce(self._state)
-            await asyncio.sleep(RENEW_EVERY_S)
+            for _ in range(round(RENEW_EVERY_S / LOOK_S)):
+                await asyncio.sleep(LOOK_S)
+                if self._told is not None and much_changed(self._told, self._announcement()):
+                    break
 
     # ------------------------------------------------------------ channels
 
@@ -388,6 +396,14 @@ class Peer:
     def _channel_closed(self, channel: Channel) -> None:
         if self.service is not None:
             self.service.channel_closed(channel)
+
+
+def much_changed(told: Announcement, now: Announcement) -> bool:
+    """Whether those who plan routes by what was told would be far off."""
+    more, fewer = max(told.sessions, now.sessions), min(told.sessions, now.sessions)
+    slower, faster = max(told.wait_ms, now.wait_ms), min(told.wait_ms, now.wait_ms)
+    roomier, fuller = (f(told.kv_tokens_free, now.kv_tokens_free) for f in (max, min))
+    return more > 2 * fewer + 4 or slower > 2 * faster + 50 or roomier > 2 * fuller
 
 
 def _free_bytes(device: torch.device) -> int:

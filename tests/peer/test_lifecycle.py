@@ -11,11 +11,12 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from peer.benchmark import Speed, SpeedBook, layer_sizes
-from peer.lifecycle import Peer
+from peer.lifecycle import Peer, much_changed
 from peer.model.checkpoint import open_checkpoint
 from peer.model.errors import ModelNotFound
 from peer.model.span import Span as LoadedSpan
@@ -420,3 +421,50 @@ async def test_a_measured_speed_is_kept_for_the_next_start(tmp_path: Path) -> No
     assert book.find("b" * 64, cpu, 2) is book.find("a" * 64, cpu, 1) is None
     book.keep("a" * 64, cpu, 2, Speed(1.0, 1.0, time.time() - 30 * 24 * 3600))
     assert book.find("a" * 64, cpu, 2) is None
+
+
+async def test_a_load_that_changed_much_is_announced_before_the_next_renewal(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peer.lifecycle.LOOK_S", 0.1)
+    await swarm.start(ann=(0, 6))
+    peer = swarm.peers["ann"]
+    answers = [swarm.ask(PROMPT, new=200) for _ in range(6)]
+    for answer in answers:
+        await anext(answer)
+
+    await swarm.until(lambda: (found := announced(swarm, peer.identity)) is not None and found.sessions > 4)
+    for answer in answers:
+        await answer.aclose()
+
+
+def test_only_a_large_change_of_the_load_is_worth_telling() -> None:
+    told = msgspec.convert(
+        {
+            "peer": "a" * 64,
+            "sequence": 1,
+            "issued_at": 0.0,
+            "expires_at": 45.0,
+            "state": "serving",
+            "name": "ann",
+            "model": "demo",
+            "artefact": "b" * 64,
+            "tokenizer": "c" * 64,
+            "layer_count": 6,
+            "start": 0,
+            "end": 6,
+            "dtype": "float32",
+            "device": "cpu",
+            "context_length": 512,
+            "kv_tokens_free": 1000,
+            "sessions": 3,
+            "wait_ms": 10.0,
+        },
+        Announcement,
+    )
+
+    def changed(**fields: float) -> bool:
+        return much_changed(told, msgspec.structs.replace(told, **fields))
+
+    assert not changed() and not changed(sessions=5) and not changed(wait_ms=40.0)
+    assert changed(sessions=12) and changed(wait_ms=200.0) and changed(kv_tokens_free=100)
