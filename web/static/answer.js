@@ -88,7 +88,11 @@ function take(chunk, message, record) {
     message.content.value += content;
   }
   if (chunk.swarm?.waiting) message.place.value = chunk.swarm.waiting;
-  if (chunk.swarm?.tokens) record.tokens(chunk.swarm.tokens);
+  if (chunk.swarm?.tokens) {
+    record.tokens(chunk.swarm.tokens);
+    const end = message.content.peek().length;
+    message.tokens.push(...chunk.swarm.tokens.map((trace) => ({ end, trace })));
+  }
   if (chunk.swarm?.event) record.rerouted(chunk.swarm.event);
 }
 

@@ -10,6 +10,7 @@ import { Flower } from "./flower.js";
 import { html } from "./html.js";
 import { GrowingMarkdown } from "./markdown.js";
 import { LendAMachine } from "./notices.js";
+import { followPointer } from "./pointing.js";
 import { chosenModel, isCovered, swarm } from "./swarm.js";
 import { counted, duration, gapSentence, perSecond, text } from "./words.js";
 
@@ -142,13 +143,15 @@ function AnswerText({ message }) {
       markdown.show(message.content.value, state !== "waiting" && state !== "streaming");
     });
     const endReading = readAloud(message);
+    const endPointing = followPointer(message, /** @type {HTMLElement} */ (home.current));
     return () => {
+      endPointing();
       endDrawing();
       endReading();
       markdown.close();
     };
   }, [message]);
-  return html`<div class="text" ref=${home} />`;
+  return html`<div class="text" ref=${home} data-message=${message.id} />`;
 }
 
 /** Announce finished sentences once a second, and the rest at the end. @param {Message} message */

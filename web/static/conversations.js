@@ -49,6 +49,8 @@ export class Message {
     /** Its place in the line while the swarm is full; 0 when it does not wait there. */
     this.place = signal(0);
     this.numbers = signal(/** @type {Numbers | null} */ (null));
+    /** Each token's route, and where its text ends; only while the page stays open. @type {{end: number, trace: import("./completions.js").TokenTrace}[]} */
+    this.tokens = [];
   }
 }
 

@@ -1,6 +1,6 @@
 // What happened to the tokens: the record of an answer's route, its numbers, and where to draw them.
 // Everything below "deciding" is a plain function of values.
-import { signal } from "@preact/signals";
+import { computed, signal } from "@preact/signals";
 import { announce } from "./announcer.js";
 import { duration, layers, text } from "./words.js";
 
@@ -28,6 +28,14 @@ const MOST_LANES = 12;
 
 /** The newest token that has hops, as it happened. */
 export const latestToken = signal(/** @type {TokenTrace | null} */ (null));
+/** A token of an answer that someone points at. */
+export const looked = signal(
+  /** @type {{message: import("./conversations.js").Message, index: number, token: TokenTrace} | null} */ (null),
+);
+/** The token whose route is drawn. */
+export const shownToken = computed(() => looked.value?.token ?? latestToken.value);
+/** By peer, its share of a token's time lately, from 0 to 1. */
+export const heat = signal(/** @type {Map<string, number>} */ (new Map()));
 export const numbers = signal(/** @type {Numbers | null} */ (null));
 /** Re-routes, newest first. */
 export const reroutes = signal(/** @type {string[]} */ ([]));
@@ -92,12 +100,15 @@ export class RouteRecord {
       context_tokens: this.#position + 1,
       mean: meanToken(this.#recent),
     };
+    heat.value = hopShares(this.#recent);
   }
 }
 
 /** Forget the route on screen. */
 export function clearRoute() {
   latestToken.value = null;
+  looked.value = null;
+  heat.value = new Map();
   numbers.value = null;
   reroutes.value = [];
   lostHops.value = [];
@@ -126,6 +137,25 @@ export function meanToken(tokens) {
   const waited_ms = mean(counted, (token) => total(token.hops, (hop) => hop.waited_ms));
   const all_ms = mean(counted, (token) => token.ms);
   return { computed_ms, waited_ms, other_ms: Math.max(0, all_ms - computed_ms - waited_ms) };
+}
+
+/**
+ * Which part of the hops' time each peer took: waiting, computing and the link to it.
+ * @param {TokenTrace[]} tokens
+ */
+export function hopShares(tokens) {
+  /** @type {Map<string, number>} */
+  const spent = new Map();
+  for (const { hops } of tokens.slice(tokens.length > 1 ? 1 : 0)) {
+    for (const hop of hops) spent.set(hop.peer, (spent.get(hop.peer) ?? 0) + hopTime(hop));
+  }
+  const all = total([...spent.values()], (ms) => ms);
+  return new Map([...spent].map(([peer, ms]) => [peer, all ? ms / all : 0]));
+}
+
+/** @param {Hop} hop */
+function hopTime(hop) {
+  return hop.waited_ms + hop.computed_ms + (hop.link_ms ?? 0);
 }
 
 /**

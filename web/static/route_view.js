@@ -3,10 +3,12 @@
 import { signal } from "@preact/signals";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { answering } from "./answer.js";
+import { conversation } from "./conversations.js";
 import { CopyButton } from "./copy.js";
 import { depth } from "./flower.js";
 import { html } from "./html.js";
-import { axisMarks, lanesOf, latestToken, lostHops, numbers, reroutes, routeSentence, vine } from "./route.js";
+import { lookAt, lookAway } from "./pointing.js";
+import { axisMarks, heat, lanesOf, latestToken, looked, lostHops, numbers, reroutes, routeSentence, shownToken, vine } from "./route.js";
 import { chosenModel } from "./swarm.js";
 import { counted, duration, layers, perSecond, text } from "./words.js";
 
@@ -51,6 +53,7 @@ export function RoutePanel() {
       <${Drawing} />
       <${Reroutes} />
       <${Sentence} />
+      <${Stepper} />
     </div>
   </aside>`;
 }
@@ -82,7 +85,7 @@ function Numbers() {
 function Drawing() {
   const model = chosenModel.value;
   const [track, width] = useWidth();
-  const hops = latestToken.value?.hops ?? [];
+  const hops = shownToken.value?.hops ?? [];
   if (!model) return html`<p class="nothing">${text.noRoute}</p>`;
   const { lanes, left_out } = lanesOf(model, hops, lostHops.value);
   const sizes = { "--lane": `${LANE_PX}px`, "--axis": `${AXIS_PX}px`, "--bar": `${BAR_PX}px`, "--gutter": `${GUTTER_PX}px` };
@@ -133,9 +136,10 @@ function LaneRow({ lane, model, width }) {
   const place = { left: percent(lane.start, count), width: percent(lane.end - lane.start, count) };
   const inPetals = width / count >= LEAST_PETAL_PX;
   const all = Array.from({ length: lane.end - lane.start }, (_, index) => lane.start + index);
-  return html`<li class="lane row ${lane.kind} ${lane.hop ? "lit" : ""}" data-peer=${lane.name}>
+  const share = (lane.hop && heat.value.get(lane.hop.peer)) ?? 0;
+  return html`<li class="lane row ${lane.kind} ${lane.hop ? "lit" : ""}" data-peer=${lane.name} style=${{ "--heat": share }}>
     <span class="who" title=${lane.peer?.path_words ?? undefined}>
-      <bdi class="name">${lane.name}</bdi>
+      <span class="name"><bdi>${lane.name}</bdi>${share > 0 && html` <small class="share" title=${text.shareOfTime}>${Math.round(100 * share)}%</small>`}</span>
       ${aboutLane(lane).map((line) => html`<small>${line}</small>`)}
     </span>
     <span class="track">
@@ -189,8 +193,7 @@ function Coverage({ model, width, home }) {
 /** @param {{lanes: Lane[], hops: import("./route.js").Hop[], count: number, width: number}} props */
 function Vine({ lanes, hops, count, width }) {
   const pulse = useRef(/** @type {SVGPathElement | null} */ (null));
-  const token = latestToken.value;
-  usePulse(pulse, token);
+  usePulse(pulse, latestToken.value);
   if (!hops.length || !width) return null;
   const bars = hops.map((hop) => ({
     x1: (hop.start / count) * width,
@@ -236,7 +239,7 @@ function diamond(x, y) {
 }
 
 function Legend() {
-  const local = latestToken.value?.hops.some((hop) => hop.path === "local");
+  const local = shownToken.value?.hops.some((hop) => hop.path === "local");
   return html`<ul class="legend" aria-label="How a token travels">
     <li><svg viewBox="0 0 30 12" aria-hidden="true"><path class="stem direct" d="M1 6H29" /></svg>direct</li>
     <li>
@@ -258,6 +261,31 @@ function spent() {
   return `${duration(all)} a token: ${duration(mean.computed_ms)} computing, ${duration(mean.waited_ms)} waiting, ${duration(mean.other_ms)} on the way`;
 }
 
+/** Through the tokens of the newest answer, one by one: for keyboards, touch and those who do not see the lanes. */
+function Stepper() {
+  const message = conversation.value.path.value.at(-1);
+  if (!message || answering.value || !message.tokens.length) return null;
+  const at = looked.value?.message === message ? looked.value.index : message.tokens.length - 1;
+  const begin = message.tokens[at - 1]?.end ?? 0;
+  const words = message.content.peek().slice(begin, message.tokens[at].end).trim();
+  const said = `token ${at + 1} of ${message.tokens.length}${words ? ` “${words}”` : ""}, ${duration(message.tokens[at].trace.ms)}`;
+  const step = (/** @type {any} */ event) =>
+    lookAt(message, document.querySelector(`[data-message="${message.id}"]`), Number(event.target.value) - 1);
+  return html`<label class="stepper">
+    <span>${said}</span>
+    <input
+      type="range"
+      min="1"
+      max=${message.tokens.length}
+      value=${at + 1}
+      aria-label=${text.stepper}
+      aria-valuetext=${said}
+      onInput=${step}
+      onBlur=${lookAway}
+    />
+  </label>`;
+}
+
 // ---------------------------------------------------------------- words
 
 function Reroutes() {
@@ -268,12 +296,12 @@ function Reroutes() {
 }
 
 function Sentence() {
-  const hops = latestToken.value?.hops ?? [];
+  const hops = shownToken.value?.hops ?? [];
   if (!hops.length) return null;
   const sentence = routeSentence(hops);
   return html`<div class="sentence">
     <p data-testid="route-sentence">${sentence}</p>
-    <${CopyButton} text=${() => routeSentence(latestToken.peek()?.hops ?? [])} what="the route" />
+    <${CopyButton} text=${() => routeSentence(shownToken.peek()?.hops ?? [])} what="the route" />
   </div>`;
 }
 

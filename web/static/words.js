@@ -171,6 +171,8 @@ export const text = {
   showRoute: "Show the route",
   hideRoute: "Hide the route",
   noRoute: "Ask something, and the way of each token through the peers is drawn here as it happens.",
+  stepper: "Route of each token",
+  shareOfTime: "Its share of the hops’ time, lately",
   nobodyHere: "no one yet",
   gone: "gone",
   peersPerLayer: "peers per layer",
