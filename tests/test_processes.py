@@ -27,6 +27,7 @@ MODEL = Path(DEMO_MODEL)
 THIRDS = {"ann": "1/3", "bob": "2/3", "eve": "3/3"}
 SPARES = {"ada": "1/3", "ben": "2/3", "eli": "3/3"}
 LAYERS = THIRDS | SPARES
+EXTRA = {"bea": "2/3"}
 NEW = 160
 DEADLINE_S = 30.0
 
@@ -57,7 +58,7 @@ async def start(swarm: ProcessSwarm, *names: str) -> None:
     async with asyncio.TaskGroup() as tasks:
         for name in names:
             if name not in swarm.serving():
-                tasks.create_task(swarm.start(name, LAYERS[name]))
+                tasks.create_task(swarm.start(name, (LAYERS | EXTRA)[name]))
 
 
 async def end(swarm: ProcessSwarm, name: str) -> None:
@@ -67,22 +68,6 @@ async def end(swarm: ProcessSwarm, name: str) -> None:
         process.kill()
     await process.wait()
     await swarm.until(lambda: name not in swarm.serving())
-
-
-async def answer_with(
-    swarm: ProcessSwarm, prompt: list[int], at: int, hop: int, number: signal.Signals
-) -> list[Drawn | Rerouted]:
-    """An answer of NEW tokens; after `at` of them the peer that made the last one at `hop` gets a signal."""
-    events: list[Drawn | Rerouted] = []
-    victim = ""
-    async with asyncio.timeout(DEADLINE_S), aclosing(swarm.ask(prompt, new=NEW)) as answer:
-        async for event in answer:
-            events.append(event)
-            if isinstance(event, Drawn) and len(tokens(events)) == at:
-                victim = swarm.name(event.hops[hop].peer)
-                os.kill(swarm.children[victim].process.pid, number)
-    await end(swarm, victim)
-    return events
 
 
 async def test_three_processes_say_what_the_unsplit_model_says(
@@ -96,38 +81,115 @@ async def test_three_processes_say_what_the_unsplit_model_says(
         assert [swarm.name(hop.peer) for hop in drawn.hops] == list(THIRDS)
 
 
-# A fixed seed: places that differ from each other, and are the same when a failure is looked into.
-@pytest.mark.parametrize(
-    ("at", "hop"), [(random.Random(seed).randrange(1, NEW - 80), seed % 3) for seed in range(5)]
-)
-async def test_a_killed_peer_costs_not_one_wrong_token(
-    swarm: ProcessSwarm, story: list[int], expected: list[int], at: int, hop: int
+def strike(swarm: ProcessSwarm, name: str, number: signal.Signals = signal.SIGKILL) -> str:
+    os.kill(swarm.children[name].process.pid, number)
+    return name
+
+
+async def answer_with(
+    swarm: ProcessSwarm, prompt: list[int], places: dict[int, int], number: signal.Signals = signal.SIGKILL
+) -> tuple[list[Drawn | Rerouted], list[str]]:
+    """An answer in which hops get a signal, by the count of tokens after which they do; and who got it."""
+    events: list[Drawn | Rerouted] = []
+    victims: list[str] = []
+    async with asyncio.timeout(DEADLINE_S), aclosing(swarm.ask(prompt, new=NEW)) as answer:
+        async for event in answer:
+            events.append(event)
+            if isinstance(event, Drawn) and (hop := places.get(len(tokens(events)))) is not None:
+                victims.append(strike(swarm, swarm.name(event.hops[hop].peer), number))
+    return events, victims
+
+
+async def bury(swarm: ProcessSwarm, victims: list[str]) -> None:
+    for name in victims:
+        await end(swarm, name)
+
+
+def places(seed: int, kills: int) -> dict[int, int]:
+    """Tokens at which hops die, each of another third. The same when a failure is looked into."""
+    chance = random.Random(seed)
+    at = sorted(chance.sample(range(2, NEW - 20), kills))
+    return dict(zip(at, chance.sample(range(3), kills), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_three_peers_that_are_killed_while_tokens_are_drawn_cost_not_one_wrong_token(
+    swarm: ProcessSwarm, story: list[int], expected: list[int], seed: int
 ) -> None:
     await start(swarm, *LAYERS)
 
-    events = await answer_with(swarm, story, at, hop, signal.SIGKILL)
+    events, victims = await answer_with(swarm, story, places(seed, 3))
 
     assert tokens(events) == expected
+    assert len(victims) == 3
     assert any(isinstance(event, Rerouted) for event in events)
+    await bury(swarm, victims)
 
 
-async def test_a_frozen_peer_costs_not_one_wrong_token(
-    swarm: ProcessSwarm, story: list[int], expected: list[int]
+@pytest.mark.parametrize("standbys", [True, False])
+async def test_a_peer_that_is_killed_while_it_takes_over_costs_not_one_wrong_token(
+    swarm: ProcessSwarm, story: list[int], expected: list[int], standbys: bool
+) -> None:
+    await start(swarm, *LAYERS, "bea")
+    swarm.client.standbys = standbys
+    events: list[Drawn | Rerouted] = []
+    victims: list[str] = []
+
+    async with asyncio.timeout(DEADLINE_S), aclosing(swarm.ask(story, new=NEW)) as answer:
+        async for event in answer:
+            events.append(event)
+            if isinstance(event, Drawn) and len(tokens(events)) == 40 and not victims:
+                victims.append(strike(swarm, swarm.name(event.hops[1].peer)))
+            elif isinstance(event, Rerouted) and len(victims) == 1:
+                heir = next(swarm.name(span.peer) for span in event.route if span.start == 2)
+                if heir not in victims:
+                    victims.append(strike(swarm, heir))
+
+    swarm.client.standbys = True
+    assert tokens(events) == expected
+    assert len(victims) == 2
+    await bury(swarm, victims)
+
+
+@pytest.mark.parametrize(("hop", "after_ms"), [(1, 5), (2, 30), (0, 60), (1, 100)])
+async def test_a_peer_that_is_killed_during_the_prompt_costs_not_one_wrong_token(
+    swarm: ProcessSwarm, story: list[int], hop: int, after_ms: int
+) -> None:
+    await start(swarm, *LAYERS)
+    prompt = (story * 100)[:1200]
+    victims: list[str] = []
+
+    def reserved() -> None:
+        victim = swarm.route()[hop]
+        asyncio.get_running_loop().call_later(after_ms / 1000, lambda: victims.append(strike(swarm, victim)))
+
+    async with asyncio.timeout(DEADLINE_S), aclosing(swarm.ask(prompt, new=30, reserved=reserved)) as answer:
+        events = [event async for event in answer]
+
+    assert tokens(events) == reference(MODEL, prompt, 30)
+    assert victims
+    await bury(swarm, victims)
+
+
+@pytest.mark.parametrize("places", [{20: 1}, {12: 0, 60: 2}])
+async def test_frozen_peers_cost_not_one_wrong_token(
+    swarm: ProcessSwarm, story: list[int], expected: list[int], places: dict[int, int]
 ) -> None:
     await start(swarm, *LAYERS)
 
-    events = await answer_with(swarm, story, 20, 1, signal.SIGSTOP)
+    events, victims = await answer_with(swarm, story, places, signal.SIGSTOP)
 
     assert tokens(events) == expected
     assert any(isinstance(event, Rerouted) for event in events)
+    await bury(swarm, victims)
 
 
 async def test_without_a_replacement_one_sentence_says_which_layers_are_missing(
     swarm: ProcessSwarm, story: list[int], expected: list[int]
 ) -> None:
     await start(swarm, *THIRDS)
-    if "ben" in swarm.serving():
-        await end(swarm, "ben")
+    for name in {"ben", "bea"} & swarm.serving():
+        await end(swarm, name)
     events: list[Drawn | Rerouted] = []
 
     with pytest.raises(NoRoute, match=r"no live peer serves layers 2–4 of "):

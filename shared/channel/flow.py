@@ -31,12 +31,13 @@ from shared.protocol import Path
 
 WINDOW_FRAMES = 512
 """Frames sent but not consumed, at most, however small; the bytes are for `path_choice` to measure."""
-# The urgent may use more of the window: a prefill that fills its share never keeps a token waiting.
+# The urgent may use more of the window: a prefill that fills its share never keeps a token waiting. Any share
+# of the least window holds a whole frame of the longest kind, or such a message would wait for ever.
 _SHARES = {
     Priority.CONTROL: 1.0,
     Priority.DECODE: 0.875,
     Priority.PREFILL: 0.75,
-    Priority.BACKGROUND: 0.25,
+    Priority.BACKGROUND: 0.625,
 }
 _PRIORITIES = tuple(Priority)
 _LIMIT_FRAMES = tuple(int(WINDOW_FRAMES * _SHARES[priority]) for priority in _PRIORITIES)

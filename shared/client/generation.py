@@ -97,6 +97,11 @@ class Generation:
         """Who stands by for which layers of it."""
         return self._machine.standbys
 
+    @property
+    def behind(self) -> dict[PeerId, int]:
+        """How many positions each of them still lacks."""
+        return self._machine.behind
+
     async def received(self, channel: Channel, message: PeerMessage) -> None:
         """A message of this session came in from a hop."""
         await self._inbox.put(Received(channel.peer, message, time.monotonic()))

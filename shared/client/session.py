@@ -264,6 +264,11 @@ class ClientSession:
         """The peers that have not answered the current `Open` yet; empty once the session runs."""
         return frozenset(self._awaiting if self._state == "opening" else ())
 
+    @property
+    def behind(self) -> dict[PeerId, int]:
+        """How many positions those who stand by still lack, by their own word."""
+        return {each.peer: len(self.tokens) - each.position for each in self._standbys if each.ready}
+
     def start(self) -> list[Effect]:
         try:
             self.route = self._plan([], frozenset())

@@ -84,6 +84,8 @@ class SwarmClient:
         listen: Listen | None = None,
     ) -> None:
         self.identity = identity
+        self.standbys = True
+        """Whether sessions that begin from now on look for peers that follow their hops."""
         self.directory = Directory()
         self.relays = Relays(relays, identity)
         self._dialer = Dialer(
@@ -197,6 +199,9 @@ class SwarmClient:
     def _spare(self, request: Request) -> Spare:
         """Finds standbys for a session."""
         tokens = len(request.prompt) + request.max_new_tokens
+
+        if not self.standbys:
+            return lambda entry, avoid: None
 
         def spare(entry: RouteSpan, avoid: frozenset[PeerId]) -> PeerId | None:
             try:

@@ -79,6 +79,16 @@ class ProcessSwarm:
     def name(self, peer: str) -> str:
         return self.client.directory.name(PeerId(peer))
 
+    def route(self) -> list[str]:
+        """The peers by which the client's only answer goes."""
+        [generation] = self.client._generations.values()
+        return [self.name(span.peer) for span in generation.route]
+
+    def behind(self) -> dict[str, int]:
+        """Who follows an answer of the client, and how many positions each still lacks."""
+        lags = [each.behind for each in self.client._generations.values()]
+        return {self.name(peer): lag for each in lags for peer, lag in each.items()}
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the directory shows; a peer that ended meanwhile tells its last words."""
         try:
@@ -88,9 +98,14 @@ class ProcessSwarm:
             raise AssertionError(f"the peers did not come up in {READY_S:.0f} s; {ended}") from None
 
     def ask(
-        self, prompt: Sequence[int], *, new: int, sampling: Sampling | None = None
+        self,
+        prompt: Sequence[int],
+        *,
+        new: int,
+        sampling: Sampling | None = None,
+        reserved: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[Drawn | Rerouted, None]:
-        """Tokens through the best route there is; never stops early."""
+        """Tokens through the best route there is; never stops early. `reserved`: see SwarmClient."""
         model = self.client.directory.models()[0]
         request = Request(
             artefact=model.artefact,
@@ -98,4 +113,4 @@ class ProcessSwarm:
             max_new_tokens=new,
             sampling=sampling or Sampling(),
         )
-        return self.client.generate(request)
+        return self.client.generate(request, reserved)

@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.channel.flow import WINDOW_FRAMES, Inbound, Outbound, Sent
-from shared.channel.path_choice import WINDOW_MOST_BYTES
+from shared.channel.path_choice import WINDOW_LEAST_BYTES, WINDOW_MOST_BYTES
 from shared.channel.path_choice import WINDOW_START_BYTES as WINDOW_BYTES
 from shared.errors import ProtocolError
 from shared.framing import (
     CHUNK_BYTES,
+    LONG_CHUNK_BYTES,
     PEER_WIRE,
     WHOLE_BYTES,
     Priority,
@@ -202,3 +203,11 @@ def test_numbers_go_on_past_32_bits() -> None:
     assert inbound.repeated == 8
     outbound.consumed(inbound.settle())
     assert not outbound.unconsumed
+
+
+@pytest.mark.parametrize("priority", Priority)
+def test_the_least_window_takes_the_longest_frame_of_every_priority(priority: Priority) -> None:
+    outbound = Outbound()
+    outbound.resize(WINDOW_LEAST_BYTES)
+    queue(outbound, 0, 4 * WINDOW_LEAST_BYTES, priority)
+    assert outbound.take(LONG_CHUNK_BYTES) is not None
