@@ -29,7 +29,7 @@ SPARES = {"ada": "1/3", "ben": "2/3", "eli": "3/3"}
 LAYERS = THIRDS | SPARES
 EXTRA = {"bea": "2/3"}
 NEW = 160
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture(scope="module")
