@@ -75,6 +75,8 @@ class FakeGateway:
         """The bodies of the questions."""
         self.left = asyncio.Event()
         """Set when an asker left before the answer was complete."""
+        self.said = 0
+        """Pieces of answers that were sent."""
         self.paths = {"ann": "local", "bob": "relayed", "eve": "direct"}
         self.path_words = {"bob": "relayed, 7.0 ms there and back (socket: its address does not answer)"}
         self.route: list[tuple[str, Span]] = []
@@ -181,10 +183,14 @@ class FakeGateway:
         for part in parts:
             match part:
                 case Say():
-                    for piece in _pieces(part):
+                    began = asyncio.get_running_loop().time()
+                    for number, piece in enumerate(_pieces(part), 1):
                         await _send(response, _chunk(piece, tokens=[self._token(position)]))
-                        await asyncio.sleep(part.every_s)
+                        self.said += 1
                         position += 1
+                        # By the clock: sleeps that end late would add up to a slower pace.
+                        due = began + number * part.every_s
+                        await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
                 case Wait():
                     await part.until.wait()
                 case Reroute():
