@@ -103,6 +103,7 @@ class Peer:
         self._options: list[Span] = []
         """Spans that this machine could hold; none when its owner chose one."""
         self._serving = AsyncExitStack()
+        self._leaving = asyncio.Event()
         self._told: Announcement | None = None
         """What was announced last."""
         self._unwanted = False
@@ -137,8 +138,13 @@ class Peer:
         await self._stack.__aexit__(kind, error, trace)
 
     async def drain(self, timeout_s: float = DRAIN_S) -> bool:
-        """Take no new sessions and wait for those that run; True when all of them finished in time."""
-        assert self.service is not None
+        """Before leaving: take no new sessions, wait for those that run; True when all finished in time."""
+        self._leaving.set()
+        return await self._drain(timeout_s)
+
+    async def _drain(self, timeout_s: float = DRAIN_S) -> bool:
+        if self.service is None:
+            return True  # on the way from one span to another
         self.service.drain()
         await self.announce("draining")
         with contextlib.suppress(TimeoutError):
@@ -248,19 +254,26 @@ class Peer:
 
     async def reconsider(self, checkpoint: Checkpoint) -> bool:
         """Move to other layers if that helps the swarm enough, after running answers; True when it did."""
-        if self._state != "serving" or self._better_place(await self._others()) is None:
+        if (
+            self._leaving.is_set()
+            or self._state != "serving"
+            or self._better_place(await self._others()) is None
+        ):
             return False
         # Told before it is done, then looked at again: nobody else near by goes away at the same time.
         await self.announce("draining")
         await asyncio.sleep(PROPAGATION_S)
         choice = self._better_place(await self._others())
+        if self._leaving.is_set():
+            return False
         if choice is None:
             await self.announce("serving")
             return False
         self._notice(f"moving to layers {choice.span}: {choice.why}")
-        await self.drain()
-        await self._move(checkpoint, choice.span)
-        return True
+        await self._drain()
+        if not self._leaving.is_set():
+            await self._move(checkpoint, choice.span)
+        return not self._leaving.is_set()
 
     def _better_place(self, others: Sequence[Placed]) -> Choice | None:
         state: Literal["draining", "serving"] = "draining" if self._state == "draining" else "serving"

@@ -123,6 +123,11 @@ class Training:
         self._lent: dict[tuple[PeerId, str], _Lent] = {}
         batcher.on_arrival = courtesy.stepped
 
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._steps) + sum(len(jobs) for jobs in self._waiting.values())
+
     # ------------------------------------------------------------ requests
 
     def handle(

@@ -397,6 +397,25 @@ def is_serving(swarm: Swarm, identity: Identity, span: Span) -> bool:
     return found is not None and (found.state, found.start, found.end) == ("serving", span.start, span.end)
 
 
+async def test_a_peer_that_was_asked_to_leave_does_not_move_any_more(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COROLLA_HOME", str(tmp_path))
+    monkeypatch.setattr("peer.lifecycle.PROPAGATION_S", 0.1)
+    await swarm.start(ann=(0, 3))
+    peer = Peer(settings(swarm, memory_bytes=memory_for(3)), Identity.generate())
+    async with peer:
+        assert peer.layers == Span(3, 6)
+        await swarm.start(bob=(3, 6))
+        await swarm.stop("ann")
+        await swarm.until(lambda: len(swarm.client.directory.serving(peer.artefact)) == 2)
+
+        assert await peer.drain()
+        assert not await peer.reconsider(open_checkpoint(str(swarm.model)))
+        await in_state(swarm, peer.identity, "draining")
+        assert peer.layers == Span(3, 6)
+
+
 async def test_a_peer_for_which_no_layer_fits_is_told_what_would(swarm: Swarm) -> None:
     identity = Identity.generate()
     with pytest.raises(SettingsError, match=r"no layer of .* fits: .* give more with --memory"):

@@ -9,13 +9,16 @@ from typing import Any
 
 import aiohttp
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.harness.fake_swarm import FakeSwarm
 from tests.web.api import CHAT
 from web.app import Gateway, GatewaySettings
 from web.openai.openapi import openapi
+
+SLOW = [HealthCheck.too_slow]
+"""A busy machine takes its time to make up bodies."""
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
@@ -207,7 +210,7 @@ def asker(files: dict[str, bytes], tokenizer: Any, data_dir: Path) -> Iterator[A
         runner.run(stop(gateway, http))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=SLOW)
 @given(good_bodies | spoiled_bodies | wild_bodies | anything)
 def test_any_body_is_answered_or_refused(asker: Asker, body: Any) -> None:  # noqa: ANN401
     status, answer = asker.post(body)
@@ -216,7 +219,7 @@ def test_any_body_is_answered_or_refused(asker: Asker, body: Any) -> None:  # no
         assert answer.endswith("data: [DONE]\n\n"), answer
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 @given(dialect_bodies())
 def test_any_body_is_answered_or_refused_in_every_dialect(asker: Asker, asked: tuple[str, Any]) -> None:
     path, body = asked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -21,6 +21,7 @@ def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
 
 
+@settings(deadline=None)
 @given(texts)
 @example("  two spaces lead, three   inside  ")
 @example("😀😀€é")
@@ -31,16 +32,19 @@ def test_pieces_together_are_the_text(text: str) -> None:
         assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), max_size=40))
 def test_pieces_are_the_text_even_when_a_model_draws_nonsense(tokens: list[int]) -> None:
     assert "".join(pieces(BYTE_LEVEL, tokens)) == BYTE_LEVEL.decode(tokens)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTE_FALLBACK.get_vocab_size() - 1), max_size=40))
 def test_nonsense_in_bytes_never_stops_the_text(tokens: list[int]) -> None:
     pieces(BYTE_FALLBACK, tokens)
 
 
+@settings(deadline=None)
 @given(texts)
 def test_no_piece_holds_half_a_character(text: str) -> None:
     for tokenizer in (BYTE_LEVEL, BYTE_FALLBACK):
@@ -48,6 +52,7 @@ def test_no_piece_holds_half_a_character(text: str) -> None:
         assert sum(piece.count(BROKEN) for piece in told) == text.count(BROKEN)
 
 
+@settings(deadline=None)
 @given(texts.filter(lambda text: BROKEN not in text))
 def test_a_character_comes_with_its_last_token(text: str) -> None:
     tokens = BYTE_LEVEL.encode(text).ids
@@ -98,6 +103,7 @@ def split_texts(draw: st.DrawFn) -> tuple[list[str], list[str]]:
     return split, stops
 
 
+@settings(deadline=None)
 @given(split_texts())
 @example((["abc"], ["abc", "b"]))
 @example((["a", "ab", "ab"], ["abab", "b" * 3]))

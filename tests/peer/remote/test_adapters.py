@@ -50,6 +50,8 @@ def test_peft_s_files_give_peft_s_logits(stored: tuple[Path, Model]) -> None:
         remote.load_lora(directory)
         with torch.no_grad():
             close(remote(ids).logits, whole(ids).logits)
+        options = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2, "pad_token_id": 0}
+        assert torch.equal(remote.generate(ids, **options), whole.generate(input_ids=ids, **options))
 
 
 def test_an_adapter_trained_through_the_swarm_loads_in_peft(tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 import torch
 
 from peer.wire_tensors import pack, unpack
 from shared.client.calls import NotServed
-from shared.identity import PeerId
+from shared.client.swarm_client import SwarmClient
+from shared.identity import Identity, PeerId
 from shared.protocol import Backward, Forward, Lend
 from tests.harness.swarm import Swarm
 from tests.peer.model.families import LAYERS, Tiny, tiny
@@ -130,3 +133,35 @@ async def test_a_lent_adapter_changes_its_asker_s_passes_alone(model: Tiny) -> N
 
 def _renamed(parts: list, path: str) -> list:  # type: ignore[type-arg]
     return [[type(part)(part.name.replace(path, "model.norm"), part.tensor) for part in parts]]
+
+
+async def test_askers_take_turns_and_steps_of_sessions_go_first(model: Tiny) -> None:
+    done: list[str] = []
+    async with Swarm(model.directory) as swarm:
+        await swarm.start(ann=(0, LAYERS))
+        other = SwarmClient(Identity.generate(), swarm.relay_urls)
+        async with other:
+            await ask(swarm, "ann", {"hidden": hidden()})
+            ann = PeerId(swarm.peers["ann"].identity.id)
+            parts, body = pack({"hidden": hidden(8, 60)})
+            message = Forward(request=0, artefact=swarm.artefact, start=0, end=LAYERS, parts=parts)
+            await other.calls.ask(ann, message, body)  # by now both have a channel
+
+            async def one(name: str, client: SwarmClient, **fields: object) -> None:
+                await client.calls.ask(ann, msgspec.structs.replace(message, **fields), body)
+                done.append(name)
+
+            service = swarm.peers["ann"].service
+            assert service is not None
+            step = {"session": secrets.token_hex(16), "room": 60}
+            with service.span.alone():  # nothing is computed until all of them wait
+                asked = [asyncio.ensure_future(one("first", swarm.client)) for _ in range(4)]
+                while service.training.waiting < 3:  # noqa: ASYNC110 - it tells nobody
+                    await asyncio.sleep(0.01)
+                asked.append(asyncio.ensure_future(one("other", other)))
+                asked.append(asyncio.ensure_future(one("step", other, **step)))
+                while service.training.waiting < 5:  # noqa: ASYNC110 - it tells nobody
+                    await asyncio.sleep(0.01)
+            await asyncio.gather(*asked)
+
+    assert done == ["first", "step", "first", "other", "first", "first"]
