@@ -19,8 +19,15 @@ async def open_settings(page: Page) -> Locator:
 async def test_settings_go_with_the_question_and_outlive_a_reload(page: Page, gateway: FakeGateway) -> None:
     settings = await open_settings(page)
     await settings.get_by_label("System prompt").fill("Be brief.")
-    for name, value in [("Temperature", "0.3"), ("Top-p", "0.9"), ("Most tokens", "40"), ("Seed", "7")]:
+    for name, value in [
+        ("Temperature", "0.3"),
+        ("Top-p", "0.9"),
+        ("Top-k", "40"),
+        ("Most tokens", "40"),
+        ("Seed", "7"),
+    ]:
         await settings.get_by_label(name, exact=True).fill(value)
+    await settings.get_by_label("Stop texts").fill("END\n\nEnough")
     await page.reload()
     await hear(page, gateway, "Hi", "Yes.")
 
@@ -29,8 +36,15 @@ async def test_settings_go_with_the_question_and_outlive_a_reload(page: Page, ga
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
     ]
-    sampling = {name: asked[name] for name in ("temperature", "top_p", "max_tokens", "seed")}
-    assert sampling == {"temperature": 0.3, "top_p": 0.9, "max_tokens": 40, "seed": 7}
+    sampling = {name: asked[name] for name in ("temperature", "top_p", "top_k", "max_tokens", "seed", "stop")}
+    assert sampling == {
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "top_k": 40,
+        "max_tokens": 40,
+        "seed": 7,
+        "stop": ["END", "Enough"],
+    }
 
 
 async def test_a_number_out_of_its_limits_is_marked_and_not_sent(page: Page, gateway: FakeGateway) -> None:

@@ -198,6 +198,9 @@ async def test_a_second_model_can_be_chosen(page: Page, gateway: FakeGateway) ->
     gateway.serve("sepal", 4, max=(0, 4))
     await gateway.tell()
 
+    await expect(page.get_by_label("Model").get_by_role("option")).to_have_text(
+        [re.compile("petal – every layer served"), re.compile("sepal – every layer served")]
+    )
     await page.get_by_label("Model").select_option("sepal")
 
     await expect(page.locator(".lane")).to_have_count(1)
@@ -241,6 +244,9 @@ async def test_a_peer_tells_how_it_is_reached_and_why_not_better(page: Page, gat
     bob, eve = (page.locator(f".lane[data-peer={name}] .who") for name in ("bob", "eve"))
     await expect(bob).to_have_attribute("title", gateway.path_words["bob"])
     await expect(eve).not_to_have_attribute("title", re.compile(".*"))
+    await expect(await ask(page, "Hi")).to_contain_text("nothing to say")
+    reached = page.get_by_role("list", name="How the peers of this route are reached")
+    await expect(reached.get_by_role("listitem")).to_have_text(f"bob: {gateway.path_words['bob']}")
 
 
 async def test_a_reroute_is_said_and_seen(page: Page, gateway: FakeGateway) -> None:

@@ -61,8 +61,10 @@ export function Settings() {
       <div class="fields">
         <${NumberField} name="temperature" said=${text.temperature} about=${text.aboutTemperature} />
         <${NumberField} name="top_p" said=${text.topP} about=${text.aboutTopP} />
+        <${NumberField} name="top_k" said=${text.topK} about=${text.aboutTopK} />
         <${NumberField} name="max_tokens" said=${text.maxTokens} about=${text.aboutMaxTokens} />
         <${NumberField} name="seed" said=${text.seed} about=${text.aboutSeed} />
+        <${StopField} />
       </div>
       <fieldset class="themes">
         <legend>${text.theme}</legend>
@@ -99,6 +101,20 @@ function NumberField({ name, said, about }) {
       onInput=${(/** @type {any} */ event) => set({ [name]: event.target.value })}
     />
     <small id="about-${name}">${about}</small>
+  </div>`;
+}
+
+function StopField() {
+  return html`<div class="field">
+    <label for="set-stop">${text.stopTexts}</label>
+    <textarea
+      id="set-stop"
+      rows="1"
+      aria-describedby="about-stop"
+      value=${settings.value.stop}
+      onInput=${(/** @type {any} */ event) => set({ stop: event.target.value })}
+    />
+    <small id="about-stop">${text.aboutStopTexts}</small>
   </div>`;
 }
 

@@ -58,7 +58,7 @@ function ModelPicker() {
       ${choices.value.map(
         (choice) =>
           html`<option value=${choice.id} selected=${choice.id === model.id}>
-            ${choice.label}${isCovered(choice) ? "" : ` – no one serves ${gapList(choice.gaps)}`}
+            ${choice.label}${isCovered(choice) ? ` – ${text.everyLayer}` : ` – no one serves ${gapList(choice.gaps)}`}
           </option>`,
       )}
     </select>

@@ -99,7 +99,7 @@ function Drawing() {
     </figure>
     ${left_out > 0 && html`<p class="nothing">and ${counted(left_out, "more peer", "more peers")}</p>`}
     ${hops.length === 0 && html`<p class="nothing">${answering.value ? `${text.reading}…` : text.noRoute}</p>`}
-    ${hops.length > 0 && html`<${Legend} />`}`;
+    ${hops.length > 0 && html`<${Legend} /><${Reached} lanes=${lanes} />`}`;
 }
 
 /** @returns {[import("preact").RefObject<HTMLElement | null>, number]} */
@@ -250,6 +250,15 @@ function Legend() {
     </li>
     ${local && html`<li><svg viewBox="0 0 30 12" aria-hidden="true"><path class="stem local" d="M1 6H29" /></svg>same machine (local)</li>`}
     <li class="spent">${spent()}</li>
+  </ul>`;
+}
+
+/** How the gateway reaches each peer of the route, and why not better. @param {{lanes: Lane[]}} props */
+function Reached({ lanes }) {
+  const told = lanes.filter((lane) => lane.hop && lane.peer?.path_words);
+  if (!told.length) return null;
+  return html`<ul class="reached" aria-label=${text.reached}>
+    ${told.map(({ name, peer }) => html`<li><bdi>${name}</bdi>: ${peer?.path_words}</li>`)}
   </ul>`;
 }
 

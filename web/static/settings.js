@@ -7,19 +7,23 @@ const THEME = "corolla-theme";
 /** @typedef {"system" | "light" | "dark"} Theme */
 /**
  * What goes into the request; an empty field leaves the choice to the model's makers.
- * @typedef {{system: string, temperature: string, top_p: string, max_tokens: string, seed: string}} Settings
+ * @typedef {{system: string, temperature: string, top_p: string, top_k: string, max_tokens: string, seed: string, stop: string}} Settings
  */
 
 /** The numbers a gateway takes. */
 export const LIMITS = {
   temperature: { min: 0, max: 2, step: 0.05 },
   top_p: { min: 0.05, max: 1, step: 0.05 },
+  top_k: { min: 0, max: 1000, step: 1 },
   max_tokens: { min: 1, max: 1_000_000, step: 1 },
   seed: { min: 0, max: 2_147_483_647, step: 1 },
 };
 
 /** @type {Settings} */
-const NONE = { system: "", temperature: "", top_p: "", max_tokens: "", seed: "" };
+const NONE = { system: "", temperature: "", top_p: "", top_k: "", max_tokens: "", seed: "", stop: "" };
+
+/** More stop texts than this a gateway refuses. */
+const MOST_STOPS = 4;
 
 export const settings = signal(kept());
 export const theme = signal(/** @type {Theme} */ (document.documentElement.dataset.theme ?? "system"));
@@ -57,13 +61,15 @@ export function setTheme(chosen) {
 
 /** The fields of a request that the settings ask for; a number that is out of its limits is left out. */
 export function wishes() {
-  /** @type {Record<string, number>} */
+  /** @type {Record<string, number | string[]>} */
   const wishes = {};
   for (const [name, { min, max }] of Object.entries(LIMITS)) {
     const typed = settings.peek()[/** @type {keyof Settings} */ (name)];
     const number = Number(typed);
     if (typed.trim() && number >= min && number <= max) wishes[name] = number;
   }
+  const stops = settings.peek().stop.split("\n").filter((line) => line.trim());
+  if (stops.length) wishes.stop = stops.slice(0, MOST_STOPS);
   return wishes;
 }
 
