@@ -12,9 +12,10 @@ ACTIVE_S = 1.0
 """A chat whose last step is so long ago is not waiting for the next one."""
 SAVED_MS = 100.0
 """What chats may be made to wait at once after a time without a collision."""
-ALONE_MS = 150.0
+ALONE_MS = 600.0
 BESIDE_CHATS_MS = 15.0
-"""How long a piece of a training's pass may be: a step that comes meanwhile waits for its end."""
+"""How long a piece of a training's pass may be: a step that comes meanwhile waits for its end. Without chats
+a piece should hold all layers, since else some are computed once more; one chat may meet one such piece, once."""
 
 LOOK_S = 0.05
 
