@@ -15,7 +15,7 @@ SAVED_MS = 100.0
 ALONE_MS = 600.0
 BESIDE_CHATS_MS = 15.0
 """How long a piece of a training's pass may be: a step that comes meanwhile waits for its end. Without chats
-a piece should hold all layers, since else some are computed once more; one chat may meet one such piece, once."""
+a piece should hold all layers, since else some are computed once more; a new chat meets one such piece."""
 
 LOOK_S = 0.05
 
