@@ -158,7 +158,6 @@ async function look(typed) {
 /** @param {string} id */
 async function show(id) {
   if (id !== conversation.peek().id) {
-    stop();
     clearRoute();
     await openChat(id);
   }

@@ -34,11 +34,13 @@ export function need(model) {
   }
   const { start, end, peers } = weakest(model.coverage);
   if (peers === 1) {
-    const all = start === 0 && end === model.layer_count;
-    const which = all ? "each layer" : layers(start, end);
+    if (start === 0 && end === model.layer_count) {
+      return { said: "It answers, but each layer has only one peer: when any of them leaves, answers stop.", gap: undefined };
+    }
+    const have = end - start === 1 ? "has" : "have";
     return {
-      said: `It answers, but ${which} ${all || end - start === 1 ? "has" : "have"} only one peer: when that machine leaves, answers stop. A second one makes it safe.`,
-      gap: all ? undefined : [start, end],
+      said: `It answers, but ${layers(start, end)} ${have} only one peer: when that machine leaves, answers stop. A second one makes it safe.`,
+      gap: [start, end],
     };
   }
   const slow = slowest(model);

@@ -1,6 +1,7 @@
 // Keeps conversations in this browser: in IndexedDB, written a moment after each change, found again after a
 // reload by the id in the page's address. Nothing here leaves the machine.
 import { computed, effect, signal, untracked } from "@preact/signals";
+import { stop } from "./answer.js";
 import { Conversation, beginConversation, conversation, titleOf } from "./conversations.js";
 import { view } from "./view.js";
 
@@ -76,8 +77,9 @@ export async function keep(record) {
 
 // ---------------------------------------------------------------- what people do
 
-/** Show a kept conversation. @param {string} id */
+/** Show a kept conversation, and end the answer to the one that is left. @param {string} id */
 export async function openChat(id) {
+  stop();
   saveNow();
   const record = await find(id);
   if (record) conversation.value = Conversation.from(record);
