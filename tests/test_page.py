@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ async def test_a_peer_that_dies_in_mid_answer_is_replaced_before_everyones_eyes(
 
     await swarm.stop(victim)
 
-    said = f"{victim} (layers 2–4) went away; {heir} took over"
+    # Whether the heir was its standby already depends on how soon it died.
+    said = re.compile(rf"{victim} \(layers 2–4\) went away; {heir} .*took over")
     await expect(page.get_by_role("list", name="Changes of the route")).to_contain_text(said)
     await expect(answer).to_contain_text("first after", timeout=LOADING_MS)
     assert await words_of(answer) == story.split()

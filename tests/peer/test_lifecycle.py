@@ -377,15 +377,16 @@ async def test_a_peer_moves_to_layers_that_lost_theirs_after_its_answers_and_ser
     await swarm.start(ann=(0, 3), bob=(3, 6))
     mover = Peer(settings(swarm, memory_bytes=memory_for(3)), Identity.generate())
     async with mover:
-        assert mover.layers == Span(0, 3)
+        # Whichever half the measured speeds made it take: the other one loses its peer.
+        lost, missing = ("bob", Span(3, 6)) if mover.layers == Span(0, 3) else ("ann", Span(0, 3))
         answer = swarm.ask(PROMPT, new=60)
         events = [await anext(answer)]
-        await swarm.stop("bob")
+        await swarm.stop(lost)
 
-        # Layers 3 to 5 have nobody left, so the answer waits for the mover, or ends for want of them.
+        # Some layers have nobody left, so the answer waits for the mover, or ends for want of them.
         with contextlib.suppress(NoRoute, Busy):
             events += [event async for event in answer]
-        await swarm.until(lambda: is_serving(swarm, mover.identity, Span(3, 6)))
+        await swarm.until(lambda: is_serving(swarm, mover.identity, missing))
         again = [event async for event in swarm.ask(PROMPT, new=5)]
 
     assert tokens(again) == swarm.reference(PROMPT, new=5)
