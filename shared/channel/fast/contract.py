@@ -64,7 +64,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 # Set on each instance, by the function named.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "aioice.ice.CandidatePair.__init__": ("protocol",),
-    "aioice.ice.Connection.__init__": ("_nominated", "_protocols"),
+    "aioice.ice.Connection.__init__": ("_check_list", "_nominated", "_protocols"),
     "aioice.ice.StunProtocol.__init__": ("receiver",),
     "aioice.ice.StunProtocol.connection_made": ("transport",),
     "aiortc.RTCDtlsTransport.__init__": ("_data_receiver", "_ssl"),

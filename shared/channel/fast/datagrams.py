@@ -156,6 +156,16 @@ class Port(asyncio.DatagramProtocol):
         pair = self._stun.receiver._nominated.get(1)
         return pair.remote_addr if pair is not None and pair.protocol is self._stun else None
 
+    def believed(self, address: Address) -> bool:
+        """Whether ICE knows the other side by this address, on this socket.
+
+        It may send by another pair than the one agreed on: Chromium changes over while packets are late.
+        """
+        if address == self.nominated():
+            return True
+        pairs = self._stun.receiver._check_list
+        return any(pair.protocol is self._stun and pair.remote_addr == address for pair in pairs)
+
     def release(self) -> None:
         """ICE has agreed on an address: what came from it early is heard now, the rest never."""
         early, self._early = list(self._early), deque(maxlen=MAX_EARLY)
@@ -178,7 +188,7 @@ class Port(asyncio.DatagramProtocol):
         if self._reader is None:
             self._sort_one(data, address)
             return
-        if address == self.nominated():
+        if self.believed(address):
             reader = self._reader
             for run in runs(data):
                 if run.records:
@@ -201,7 +211,7 @@ class Port(asyncio.DatagramProtocol):
         connection = self._stun.receiver
         if not connection._nominated:
             self._early.append((data, address))
-        elif address == self.nominated():
+        elif self.believed(address):
             connection.data_received(data, 1)
 
     # The fast way.

@@ -34,6 +34,7 @@ def test_an_attribute_that_is_no_longer_set_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(aioice.Connection, "__init__", changed)
 
     assert contract.missing() == [
+        "aioice.ice.Connection.__init__._check_list",
         "aioice.ice.Connection.__init__._nominated",
         "aioice.ice.Connection.__init__._protocols",
     ]
