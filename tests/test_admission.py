@@ -13,23 +13,11 @@ from shared.client.session import Drawn, Request, Rerouted
 from shared.client.swarm_client import SwarmClient
 from shared.errors import Busy, NoRoom
 from shared.identity import Identity
-from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, tokens, until
 
 PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
 LITTLE = 100_000
 """Bytes for some dozens of positions at a peer with all layers."""
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-async def swarm(llama: Path) -> AsyncIterator[Swarm]:
-    async with Swarm(llama) as swarm:
-        yield swarm
 
 
 @pytest.fixture

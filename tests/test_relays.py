@@ -10,17 +10,11 @@ import pytest
 from relay.app import Relay
 from shared.client.session import Drawn
 from shared.protocol import Gone
-from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, tokens
 
 PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
 LONG = 120
 """More tokens than the ring may run ahead, so that what happens early happens in mid-answer."""
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "relay-only"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import pytest
 
 from shared.client.session import Drawn, Rerouted
 from shared.protocol import Sampling
-from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, tokens
 
 PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
@@ -18,17 +17,6 @@ NEW = 300
 """Enough to go on while standbys are found, brought up and needed."""
 Events = list[Drawn | Rerouted]
 Answer = AsyncGenerator[Drawn | Rerouted, None]
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("standby-llama"))
-
-
-@pytest.fixture
-async def swarm(llama: Path) -> AsyncIterator[Swarm]:
-    async with Swarm(llama) as swarm:
-        yield swarm
 
 
 async def read_until(answer: Answer, events: Events, condition: Callable[[], bool]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -37,23 +37,11 @@ from shared.protocol import (
 )
 from shared.protocol import Path as ChannelPath
 from shared.relay_client import RelayClient
-from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, tokens
 
 PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
 LONG = 120
 """More tokens than the ring may run ahead, so that a peer which leaves early leaves in mid-answer."""
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-async def swarm(llama: Path) -> AsyncIterator[Swarm]:
-    async with Swarm(llama) as swarm:
-        yield swarm
 
 
 async def emptied(swarm: Swarm) -> None:

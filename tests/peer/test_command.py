@@ -19,7 +19,6 @@ from peer.settings import DEMO_MODEL, PeerSettings
 from shared.client.session import Drawn, Request, Rerouted
 from shared.errors import CorollaError, SettingsError
 from shared.identity import Identity
-from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, reference, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +26,6 @@ PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
 NOWHERE = "http://127.0.0.1:1"
 SOON_S = 60.0
 """A process that imports torch on a busy machine needs its time."""
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("command-llama"))
 
 
 def invoke(*flags: str, **variables: str) -> Result:

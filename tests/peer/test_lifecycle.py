@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from shared.identity import Identity
 from shared.protocol import Announcement, Close
 from shared.relay_client import RelayClient
 from shared.spans import Span
-from tests.harness.models import LAYERS, VOCABULARY, save_random
+from tests.harness.models import LAYERS, VOCABULARY
 from tests.harness.swarm import Swarm, tokens
 
 PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
@@ -35,17 +34,6 @@ SOON_S = 10.0
 # One llama layer of the tests: queries and outputs, keys and values, the MLP, two norms; float32.
 LAYER_BYTES = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) * 4
 EMBEDDING_BYTES = VOCABULARY * 64 * 4
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("lifecycle-llama"))
-
-
-@pytest.fixture
-async def swarm(llama: Path) -> AsyncIterator[Swarm]:
-    async with Swarm(llama) as swarm:
-        yield swarm
 
 
 def settings(swarm: Swarm, **changes: Any) -> PeerSettings:  # noqa: ANN401

@@ -30,7 +30,6 @@ from shared.errors import BadSignature, RelayUnreachable
 from shared.identity import Identity, PeerId, verify
 from shared.protocol import Announcement, Found, Gone, SignedRecord, decode, encode
 from shared.relay_client import LOGIN_DOMAIN, RelayClient
-from tests.harness.models import save_random
 from tests.harness.swarm import Swarm, tokens
 from tests.relay.parties import Party, announced, soon
 from tests.shared.test_relay_client import pretended
@@ -38,11 +37,6 @@ from tests.shared.test_relay_client import pretended
 PROMPT = [5, 17, 90, 3, 44, 12, 61, 33, 8]
 OFFERED_BYTES = 64 << 20
 """Far more than two systems hold of a connection that one side has left."""
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random("llama", tmp_path_factory.mktemp("llama"))
 
 
 # ---------------------------------------------------------------- row 1: it invents, withholds and replays
