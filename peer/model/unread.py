@@ -7,13 +7,13 @@ matrix, and of it some rows, can be read when they are wanted. Any other operati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-from torch.utils import _pytree as trees
 
+from peer.model.answering_tensor import AnsweringTensor
 from peer.model.checkpoint import Checkpoint
 
 PIECE = 500_000
@@ -79,7 +79,7 @@ class Joined:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-class Unread(torch.Tensor):
+class Unread(AnsweringTensor):
     """A matrix, or one for each expert, that is still on disk. Takes no memory."""
 
     matrices: Sequence[Matrix]
@@ -115,32 +115,6 @@ class Unread(torch.Tensor):
     def __repr__(self, *_: object, **__: object) -> str:  # type: ignore[override]
         return f"Unread({list(self.shape)}, {self.dtype})"
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the operation gives
-        if answer := _ANSWERS.get(func):
-            result = answer(*args, **(kwargs or {}))
-            if result is not None:
-                return result
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the operation gives
-        args, kwargs = trees.tree_map_only(Unread, Unread.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
 
 def _all(tensor: Unread, index: object) -> Unread | None:
     return tensor if index is ... else None
@@ -170,7 +144,7 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Unread | None:
     return Unread.of(matrices, (*unread[0].shape[:-2], rows, unread[0].shape[-1]), unread[0])
 
 
-_ANSWERS: dict[Any, Callable[..., Unread | None]] = {
+Unread.answers = {
     torch.Tensor.__getitem__: _all,
     torch.Tensor.to: _to,
     torch.stack: _stack,

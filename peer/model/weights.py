@@ -9,13 +9,13 @@ Any operation that it does not know gets the dense numbers: slow, and right.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils import _pytree as trees
 
+from peer.model.answering_tensor import AnsweringTensor
 from peer.model.unread import Matrix, pieces
 
 
@@ -90,7 +90,7 @@ def multiply(x: torch.Tensor, weights: Weights) -> torch.Tensor:
     return weights.forward(x)
 
 
-class PackedWeight(torch.Tensor):
+class PackedWeight(AnsweringTensor):
     """Stands for a matrix, or for one matrix per expert, as a parameter of a family's module.
 
     Its shape is [outputs, inputs] or [experts, outputs, inputs]; `flipped`, the last two change places.
@@ -131,32 +131,6 @@ class PackedWeight(torch.Tensor):
 
     def __repr__(self, *_: object, **__: object) -> str:  # type: ignore[override]
         return f"PackedWeight({list(self.shape)}, {type(self.matrices[0]).__name__})"
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the operation gives
-        if answer := _ANSWERS.get(func):
-            result = answer(*args, **(kwargs or {}))
-            if result is not None:
-                return result
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - whatever the operation gives
-        args, kwargs = trees.tree_map_only(PackedWeight, PackedWeight.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Answer:
@@ -209,7 +183,7 @@ def _itself(weight: PackedWeight) -> Answer:
 Answer = torch.Tensor | None
 """What packed weights say to an operation; None when it is not one of theirs."""
 
-_ANSWERS: dict[Any, Callable[..., Answer]] = {
+PackedWeight.answers = {
     nn.functional.linear: _linear,
     nn.functional.embedding: _embedding,
     torch.matmul: _matmul,
