@@ -14,11 +14,10 @@ from aiohttp import web
 from shared.client.session import Rerouted
 from web.access import user_of
 from web.chat import Ended, FinishReason, PromptScored, Said
-from web.event_stream import EventStream, with_pauses
 from web.line import Waiting
 from web.openai.asking import Asker, ChatEvent, Question, logprobs_view, timings_view, usage_view
-from web.openai.errors import api_error
 from web.openai.requests import ChatRequest, read_chat, read_json
+from web.openai.streaming import Teller, stream_answer
 from web.openai.tools import Argued, Called
 
 Json = dict[str, Any]
@@ -37,10 +36,11 @@ class ChatCompletions:
         reply = _Reply(asked, question)
         async with aclosing(self._asker.choices(question)) as events:
             if asked.stream:
-                return await self._stream(http, reply, events)
+                chunks = _Chunks(self._asker, reply)
+                return await stream_answer(
+                    http, events, chunks, keepalive_s=self._keepalive_s, headers=question.headers
+                )
             return await self._whole(reply, events)
-
-    # ------------------------------------------------------------ whole
 
     async def _whole(self, reply: _Reply, events: AsyncIterator[tuple[int, ChatEvent]]) -> web.Response:
         choices = [WholeChoice() for _ in range(reply.question.choices)]
@@ -57,75 +57,6 @@ class ChatCompletions:
         last = choices[-1]
         headers = reply.question.headers | self._asker.route_headers(last.ended, last.tokens)
         return web.json_response(body=orjson.dumps(body), headers=headers)
-
-    # ------------------------------------------------------------ stream
-
-    async def _stream(
-        self, http: web.Request, reply: _Reply, events: AsyncIterator[tuple[int, ChatEvent]]
-    ) -> web.StreamResponse:
-        async with aclosing(with_pauses(events, self._keepalive_s)) as paced:
-            # What fails before anything happened, such as a full swarm, still becomes a status of its own.
-            first = await anext(paced)
-            stream = await EventStream.open(http, reply.question.headers)
-            try:
-                for index in range(reply.question.choices):
-                    await stream.send(reply.chunk(index, {"role": "assistant", "content": ""}))
-                await self._send(stream, reply, first)
-                async for event in paced:
-                    await self._send(stream, reply, event)
-                if reply.asked.wants_usage:
-                    await stream.send(reply.usage_chunk())
-            except ConnectionError:
-                raise  # the client left
-            except Exception as error:
-                # The status is out already. Without [DONE], clients take this for the failure it is.
-                await stream.send(api_error(error).as_json())
-            else:
-                await stream.send_raw(b"[DONE]")
-        return await stream.close()
-
-    async def _send(self, stream: EventStream, reply: _Reply, event: tuple[int, ChatEvent] | None) -> None:
-        if event is None:
-            await stream.keep_alive()
-        elif (chunk := self._chunk(reply, *event)) is not None:
-            await stream.send(chunk)
-
-    def _chunk(self, reply: _Reply, index: int, event: ChatEvent) -> Json | None:
-        """What a client sees of an event."""
-        match event:
-            case Said():
-                route = self._route(reply, event)
-                if not event.text and not event.texts and route is None:
-                    return None
-                delta = {"content": event.text} if event.text or event.texts else {}
-                return reply.chunk(index, delta, said=event, swarm=route)
-            case Called():
-                return reply.chunk(index, {"tool_calls": [call_view(event)]})
-            case Argued():
-                argued = {"index": event.index, "function": {"arguments": event.text}}
-                return reply.chunk(index, {"tool_calls": [argued]})
-            case Waiting():
-                return (
-                    reply.chunk(index, {}, swarm={"waiting": event.place})
-                    if reply.asked.wants_route
-                    else None
-                )
-            case Rerouted():
-                if not reply.asked.wants_route:
-                    return None
-                return reply.chunk(index, {}, swarm={"event": self._asker.reroute_view(event)})
-            case Ended():
-                reply.ended(event)
-                return reply.chunk(index, {}, reason=event.reason, swarm=self._route(reply, event))
-            case PromptScored():
-                return None
-            case _:
-                assert_never(event)
-
-    def _route(self, reply: _Reply, event: Said | Ended) -> Json | None:
-        if not reply.asked.wants_route or (isinstance(event, Said) and not event.tokens and not event.text):
-            return None
-        return {"tokens": self._asker.tokens_view(event.tokens)}
 
 
 # ---------------------------------------------------------------- answering
@@ -251,6 +182,65 @@ class _Reply:
             "usage": usage_view(self._prompt_tokens, count),
             "timings": timings_view(self._prompt_tokens, self._ended[-1]),
         }
+
+
+class _Chunks(Teller[tuple[int, ChatEvent]]):
+    """A reply as a stream of chunks."""
+
+    last = b"[DONE]"
+
+    def __init__(self, asker: Asker, reply: _Reply) -> None:
+        self._asker = asker
+        self._reply = reply
+
+    def begin(self) -> list[Json]:
+        said = {"role": "assistant", "content": ""}
+        return [self._reply.chunk(index, said) for index in range(self._reply.question.choices)]
+
+    def take(self, event: tuple[int, ChatEvent]) -> list[Json]:
+        chunk = self._chunk(*event)
+        return [] if chunk is None else [chunk]
+
+    def end(self) -> list[Json]:
+        return [self._reply.usage_chunk()] if self._reply.asked.wants_usage else []
+
+    def _chunk(self, index: int, event: ChatEvent) -> Json | None:
+        """What a client sees of an event."""
+        reply = self._reply
+        match event:
+            case Said():
+                route = self._route(event)
+                if not event.text and not event.texts and route is None:
+                    return None
+                delta = {"content": event.text} if event.text or event.texts else {}
+                return reply.chunk(index, delta, said=event, swarm=route)
+            case Called():
+                return reply.chunk(index, {"tool_calls": [call_view(event)]})
+            case Argued():
+                argued = {"index": event.index, "function": {"arguments": event.text}}
+                return reply.chunk(index, {"tool_calls": [argued]})
+            case Waiting():
+                if not reply.asked.wants_route:
+                    return None
+                return reply.chunk(index, {}, swarm={"waiting": event.place})
+            case Rerouted():
+                if not reply.asked.wants_route:
+                    return None
+                return reply.chunk(index, {}, swarm={"event": self._asker.reroute_view(event)})
+            case Ended():
+                reply.ended(event)
+                return reply.chunk(index, {}, reason=event.reason, swarm=self._route(event))
+            case PromptScored():
+                return None
+            case _:
+                assert_never(event)
+
+    def _route(self, event: Said | Ended) -> Json | None:
+        if not self._reply.asked.wants_route:
+            return None
+        if isinstance(event, Said) and not event.tokens and not event.text:
+            return None
+        return {"tokens": self._asker.tokens_view(event.tokens)}
 
 
 def fingerprint(question: Question) -> str:

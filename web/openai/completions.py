@@ -16,13 +16,13 @@ from shared.client.session import Request, Rerouted
 from shared.protocol import Likelihood
 from web.access import user_of
 from web.chat import AnswerEvent, Ended, PromptScored, Said
-from web.event_stream import EventStream, with_pauses
 from web.line import Waiting
 from web.logprobs import TokenText, token_texts
 from web.openai.asking import Asker, Question, check_length, room_for, timings_view, usage_view
 from web.openai.chat import fingerprint
-from web.openai.errors import api_error, bad_request
+from web.openai.errors import bad_request
 from web.openai.requests import MAX_PROMPTS, CompletionRequest, read_json, read_struct, sampling_of
+from web.openai.streaming import Teller, stream_answer
 from web.tokenizer import ModelTokenizer
 
 Json = dict[str, Any]
@@ -43,11 +43,12 @@ class Completions:
         reply = _Reply(asked, await self._questions(asked, user_of(http)))
         async with aclosing(self._events(reply)) as events:
             if asked.stream:
-                return await self._stream(http, reply, events)
-            choices = {place: _Choice() for place in range(reply.choice_count)}
+                chunks = _Chunks(self._asker, reply)
+                return await stream_answer(http, events, chunks, keepalive_s=self._keepalive_s)
+            choices = [_Choice() for _ in range(reply.choice_count)]
             async for place, event in events:
                 choices[place].take(reply, place, event)
-            return web.json_response(body=orjson.dumps(reply.whole(list(choices.values()))))
+            return web.json_response(body=orjson.dumps(reply.whole(choices)))
 
     # ------------------------------------------------------------ asking
 
@@ -90,63 +91,6 @@ class Completions:
             async with aclosing(self._asker.answer(prompt.question, choice)) as events:
                 async for event in events:
                     yield place, event
-
-    # ------------------------------------------------------------ stream
-
-    async def _stream(
-        self, http: web.Request, reply: _Reply, events: AsyncGenerator[tuple[int, AnswerEvent], None]
-    ) -> web.StreamResponse:
-        async with aclosing(with_pauses(events, self._keepalive_s)) as paced:
-            # What fails before anything happened still becomes a status of its own.
-            first = await anext(paced)
-            stream = await EventStream.open(http)
-            choices = {place: _Choice() for place in range(reply.choice_count)}
-            try:
-                await self._send(stream, reply, choices, first)
-                async for event in paced:
-                    await self._send(stream, reply, choices, event)
-                if reply.asked.wants_usage:
-                    await stream.send(reply.usage_chunk(list(choices.values())))
-            except ConnectionError:
-                raise  # the client left
-            except Exception as error:
-                await stream.send(api_error(error).as_json())
-            else:
-                await stream.send_raw(b"[DONE]")
-        return await stream.close()
-
-    async def _send(
-        self,
-        stream: EventStream,
-        reply: _Reply,
-        choices: dict[int, _Choice],
-        item: tuple[int, AnswerEvent] | None,
-    ) -> None:
-        if item is None:
-            await stream.keep_alive()
-            return
-        place, event = item
-        choice = choices[place]
-        choice.take(reply, place, event)
-        swarm = self._swarm_view(reply, event)
-        # What is told of the prompt waits for the first text or the end, as it comes with them.
-        if swarm is not None or not isinstance(event, PromptScored | Rerouted | Waiting):
-            await stream.send(reply.chunk(place, choice, swarm))
-
-    def _swarm_view(self, reply: _Reply, event: AnswerEvent) -> Json | None:
-        if not reply.asked.wants_route:
-            return None
-        match event:
-            case Waiting():
-                return {"waiting": event.place}
-            case Rerouted():
-                return {"event": self._asker.reroute_view(event)}
-            case Said() | Ended():
-                return {"tokens": self._asker.tokens_view(event.tokens)}
-            case PromptScored():
-                return None
-            case _:
-                assert_never(event)
 
 
 # ---------------------------------------------------------------- prompts
@@ -306,6 +250,48 @@ class _Reply:
             "usage": usage_view(prompt, sum(choice.count for choice in choices)),
             "timings": timings_view(last, ended),
         }
+
+
+class _Chunks(Teller[tuple[int, AnswerEvent]]):
+    """A reply as a stream of chunks."""
+
+    last = b"[DONE]"
+
+    def __init__(self, asker: Asker, reply: _Reply) -> None:
+        self._asker = asker
+        self._reply = reply
+        self._choices = [_Choice() for _ in range(reply.choice_count)]
+
+    def begin(self) -> list[Json]:
+        return []
+
+    def take(self, event: tuple[int, AnswerEvent]) -> list[Json]:
+        place, happened = event
+        choice = self._choices[place]
+        choice.take(self._reply, place, happened)
+        swarm = self._swarm_view(happened)
+        # What is told of the prompt waits for the first text or the end, as it comes with them.
+        if swarm is None and isinstance(happened, PromptScored | Rerouted | Waiting):
+            return []
+        return [self._reply.chunk(place, choice, swarm)]
+
+    def end(self) -> list[Json]:
+        return [self._reply.usage_chunk(self._choices)] if self._reply.asked.wants_usage else []
+
+    def _swarm_view(self, event: AnswerEvent) -> Json | None:
+        if not self._reply.asked.wants_route:
+            return None
+        match event:
+            case Waiting():
+                return {"waiting": event.place}
+            case Rerouted():
+                return {"event": self._asker.reroute_view(event)}
+            case Said() | Ended():
+                return {"tokens": self._asker.tokens_view(event.tokens)}
+            case PromptScored():
+                return None
+            case _:
+                assert_never(event)
 
 
 def _by_text(likelihood: Likelihood, tokenizer: ModelTokenizer) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import aclosing
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from web.chat import Ended, Said
-from web.openai.adapting import Dialect, ask, collected, only_answer, stream_named
+from web.openai.adapting import Dialect, ask, respond
 from web.openai.asking import Asker, ChatEvent, Question
 from web.openai.errors import ApiError, api_error, bad_request
 from web.openai.requests import Fraction, Temperature, read_json, read_struct
@@ -107,11 +106,9 @@ class Messages:
             raise bad_request("max_tokens: say how long the answer may be", "max_tokens")
         question = await ask(self._asker, http, _as_chat(asked))
         dialect = _Message(question, asked.stop_sequences or [])
-        async with aclosing(only_answer(self._asker, question)) as events:
-            if asked.stream:
-                return await stream_named(http, question, events, self._keepalive_s, dialect)
-            await collected(events, dialect)
-        return web.json_response(body=orjson.dumps(dialect.view()), headers=question.headers)
+        return await respond(
+            http, self._asker, question, dialect, stream=asked.stream, keepalive_s=self._keepalive_s
+        )
 
 
 # ---------------------------------------------------------------- asking

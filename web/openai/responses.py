@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from contextlib import aclosing
 from typing import Any, Literal
 
 import msgspec
-import orjson
 from aiohttp import web
 from msgspec import Struct
 
 from web.chat import Ended, Said
-from web.openai.adapting import Dialect, ask, collected, only_answer, stream_named
+from web.openai.adapting import Dialect, ask, respond
 from web.openai.asking import Asker, ChatEvent, Question, logprobs_view
 from web.openai.errors import ApiError, bad_request
 from web.openai.requests import (
@@ -98,11 +96,9 @@ class Responses:
                 )
         question = await ask(self._asker, http, _as_chat(asked))
         dialect = _Response(asked, question)
-        async with aclosing(only_answer(self._asker, question)) as events:
-            if asked.stream:
-                return await stream_named(http, question, events, self._keepalive_s, dialect)
-            await collected(events, dialect)
-        return web.json_response(body=orjson.dumps(dialect.view()), headers=question.headers)
+        return await respond(
+            http, self._asker, question, dialect, stream=asked.stream, keepalive_s=self._keepalive_s
+        )
 
 
 # ---------------------------------------------------------------- asking
