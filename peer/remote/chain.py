@@ -180,29 +180,20 @@ class Chain:
         priority: Priority,
     ) -> Answer:
         """The answer of a peer that may have to be lent an adapter again, or may be busy for a moment."""
-        for _ in range(ATTEMPTS - 1):
+        left = ATTEMPTS
+        while True:
+            left -= 1
             try:
-                return await self._ask_once(peer, message, body, loan, priority)
+                if loan is not None:
+                    await self._lend(peer, loan)
+                return await self._client.calls.ask(peer, message, body, priority)
             except NotServed as error:
                 code = error.refusal.code
-                if code != "busy" and (code != "adapter" or loan is None):
+                if not left or (code != "busy" and (code != "adapter" or loan is None)):
                     raise
                 if loan is not None:
                     self._lent.pop((peer, loan.adapter), None)
                 await asyncio.sleep(error.refusal.retry_after_s)
-        return await self._ask_once(peer, message, body, loan, priority)
-
-    async def _ask_once(
-        self,
-        peer: PeerId,
-        message: Forward | Backward,
-        body: bytes,
-        loan: Loan | None,
-        priority: Priority,
-    ) -> Answer:
-        if loan is not None:
-            await self._lend(peer, loan)
-        return await self._client.calls.ask(peer, message, body, priority)
 
     async def _lend(self, peer: PeerId, loan: Loan) -> None:
         """Lend an adapter, once to each peer; whoever comes meanwhile waits for the same loan."""

@@ -412,16 +412,20 @@ class ClientSession:
         ]
 
     def _step(self, start: int, end: int, held: list[int]) -> Send:
-        step = Step(
+        step = msgspec.structs.replace(
+            self._tokens_step(start, end), sample=end == len(self.tokens), held=held
+        )
+        return Send(self.peers[0], step, self._ids(start, end), Priority.PREFILL)
+
+    def _tokens_step(self, start: int, end: int) -> Step:
+        """Of the token ids of these positions, which `_ids` holds."""
+        return Step(
             session=self.session,
             epoch=self.epoch,
             position=start,
             count=end - start,
             tensor=Tensor("int32", [end - start]),
-            sample=end == len(self.tokens),
-            held=held,
         )
-        return Send(self.peers[0], step, self._ids(start, end), Priority.PREFILL)
 
     def _ids(self, start: int, end: int) -> bytes:
         return array("i", self.tokens[start:end]).tobytes()
@@ -634,13 +638,7 @@ class ClientSession:
             if end - start < TEE_ROWS:
                 return effects
             standby.sent = end
-            step = Step(
-                session=self.session,
-                epoch=self.epoch,
-                position=start,
-                count=end - start,
-                tensor=Tensor("int32", [end - start]),
-            )
+            step = self._tokens_step(start, end)
             effects.append(Send(standby.peer, step, self._ids(start, end), Priority.BACKGROUND))
 
     # ------------------------------------------------------------ leaving a hop that is there
