@@ -237,7 +237,8 @@ class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     """How to reach me directly: ICE credentials and candidates (RFC 8839), DTLS fingerprint (RFC 8122).
 
     Both sides send one for each attempt; the dialler counts the attempts. Without candidates: not at all.
-    `nat` and `seen`, where the relay sees me, tell when an attempt would be in vain.
+    `nat` and `seen`, where the relay sees me, tell when an attempt would be in vain. `packet_bytes` is the
+    longest SCTP packet that I read; 0 when only those that are safe everywhere.
     """
 
     attempt: Count
@@ -247,6 +248,7 @@ class Describe(Struct, frozen=True, tag="describe", kw_only=True):
     candidates: Annotated[list[Annotated[str, Meta(max_length=400)]], Meta(max_length=32)]
     nat: NatKind = "unknown"
     seen: Name = ""
+    packet_bytes: Count = 0
 
 
 class Listening(Struct, frozen=True, tag="listening"):

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import aioice.stun
 from aioice import Connection
@@ -78,6 +78,8 @@ class Transports(NamedTuple):
     dtls: type[RTCDtlsTransport]
     sctp: type[RTCSctpTransport]
     guard: Callable[[Connection], Sequence[Guard]]
+    packet_bytes: int = 0
+    """The longest SCTP packet that they read; 0 where only the shortest are safe."""
 
 
 PLAIN = Transports(RTCDtlsTransport, RTCSctpTransport, lambda connection: [])
@@ -93,9 +95,10 @@ def best_transports() -> Transports:
         return PLAIN
     from shared.channel.fast.datagrams import stand_before
     from shared.channel.fast.dtls import FastDtlsTransport
+    from shared.channel.fast.path_mtu import LONGEST_PACKET_BYTES
     from shared.channel.fast.sctp import FastSctpTransport
 
-    return Transports(FastDtlsTransport, FastSctpTransport, stand_before)
+    return Transports(FastDtlsTransport, FastSctpTransport, stand_before, LONGEST_PACKET_BYTES)
 
 
 TRANSPORTS = best_transports()
@@ -123,7 +126,7 @@ class DirectLink(Link):
         transports: Transports | None = None,
     ) -> None:
         super().__init__()
-        dtls, sctp, self._guard = transports or TRANSPORTS
+        dtls, sctp, self._guard, self._packet_bytes = transports or TRANSPORTS
         self.lost = asyncio.Event()
         self._on_frame = on_frame
         self._gatherer = RTCIceGatherer(iceServers=_servers(stun))
@@ -165,11 +168,14 @@ class DirectLink(Link):
             password=ice.password or "",
             fingerprint=f"sha-256 {sha256.value}",
             candidates=[candidate_to_sdp(candidate) for candidate in candidates[:MAX_CANDIDATES]],
+            packet_bytes=self._packet_bytes,
         )
 
     async def open(self, remote: Describe) -> None:
         """Connect to the side described. Raises ConnectionLost, or ProtocolError for a bad description."""
         ice, dtls, candidates = _read(remote)
+        if self._packet_bytes:
+            cast(Any, self._sctp).takes_packet_bytes = remote.packet_bytes
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 await self._open(ice, dtls, candidates)

@@ -112,7 +112,8 @@ def every_overtaken(distance: int, places: int) -> Fate:
 class LossyPath:
     """`async with LossyPath(...) as path`, then show each side what `path.between` makes of the other.
 
-    `delay_s` and `bytes_per_s` are those of one direction, with a queue of `queue_bytes` before it.
+    `delay_s` and `bytes_per_s` are those of one direction, with a queue of `queue_bytes` before it. No
+    datagram longer than `longest_bytes` passes, from the beginning.
     """
 
     def __init__(
@@ -123,10 +124,12 @@ class LossyPath:
         delay_s: float = 0.0,
         bytes_per_s: float | None = None,
         queue_bytes: int = 1 << 18,
+        longest_bytes: int = 1472,
     ) -> None:
         self._doors = [_Door(), _Door()]
         for door, other, fate in zip(self._doors, reversed(self._doors), (there, back), strict=True):
             door.onward = _Line(other, fate or unharmed(), delay_s, bytes_per_s, queue_bytes)
+            door.longest_bytes = longest_bytes
         self._stack = AsyncExitStack()
 
     def begin(self) -> None:
@@ -172,6 +175,7 @@ class _Door(asyncio.DatagramProtocol):
     transport: asyncio.DatagramTransport
     onward: _Line
     beyond: tuple[str, int]
+    longest_bytes: int
 
     def __init__(self) -> None:
         self.closed = asyncio.Event()
@@ -185,7 +189,8 @@ class _Door(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         # Where this side can be reached, which it knows better than its description.
         self.beyond = (addr[0], addr[1])
-        self.onward.carry(data)
+        if len(data) <= self.longest_bytes:
+            self.onward.carry(data)
 
     def leave(self, datagram: bytes) -> None:
         if not self.transport.is_closing():

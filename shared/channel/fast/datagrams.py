@@ -29,6 +29,10 @@ _OFFLOADS = sys.platform == "linux"
 _UDP_SEGMENT = 103
 _UDP_GRO = 104
 _SEGMENT = Struct("=H")
+# ip(7) and ipv6(7): whether datagrams longer than a part of the way takes are cut, by us or by routers.
+_MTU_DISCOVER = {socket.AF_INET: (socket.IPPROTO_IP, 10), socket.AF_INET6: (socket.IPPROTO_IPV6, 23)}
+_CUT_AS_NEEDED = 0
+_NEVER_CUT = 3
 MAX_SEGMENTS = 60
 MAX_SEND_BYTES = 60_000
 
@@ -240,6 +244,28 @@ class Port(asyncio.DatagramProtocol):
             self._hear(data, addr)
         if self._reader is not None:
             self._reader.drained()
+
+    def cut_datagrams(self, allowed: bool) -> bool:
+        """Whether datagrams may be cut on their way; False when this system has no such choice."""
+        if self._raw is None or not _OFFLOADS:
+            return False
+        with contextlib.suppress(OSError):
+            self._raw.setsockopt(*_MTU_DISCOVER[self._raw.family], _CUT_AS_NEEDED if allowed else _NEVER_CUT)
+            return True
+        return False
+
+    def send_probe(self, record: bytes, address: Address) -> bool:
+        """Send one record; False when it is longer than our own network takes."""
+        if self._raw is None:
+            return False
+        try:
+            self._raw.sendto(record, address)
+        except BlockingIOError:
+            # As good as lost on the way.
+            return True
+        except OSError:
+            return False
+        return True
 
     def send(self, records: bytes, record_bytes: int, address: Address) -> None:
         """Send records that follow each other, each `record_bytes` long, the last one perhaps shorter."""

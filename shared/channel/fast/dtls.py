@@ -67,6 +67,21 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
         while place < len(packets):
             place = self._send_alike(packets, place)
 
+    def cut_datagrams(self, allowed: bool) -> bool:
+        """Whether datagrams may be cut on their way; False when this system has no such choice."""
+        return self._port is not None and self._port.cut_datagrams(allowed)
+
+    def send_probe(self, packet: bytes) -> bool:
+        """Send one packet of any length; False when it is longer than our own network takes."""
+        if self.state != "connected" or self._ssl is None or self._port is None:
+            return False
+        try:
+            self._ssl.send(packet)
+            record = self._ssl.bio_read(len(packet) + RECORD_OVERHEAD_BYTES)
+        except SSL.Error:
+            return False
+        return self._port.send_probe(record, self._port.nominated() or self._remote)
+
     def _send_alike(self, packets: Sequence[bytes], start: int) -> int:
         """Send from `start` on what the kernel can cut: packets of one length, then perhaps a shorter one."""
         assert self._ssl is not None
@@ -79,7 +94,7 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
                 end += 1
                 if len(packets[end - 1]) < size:
                     break
-            self._send_records(self._ssl.bio_read(2 * MAX_SEND_BYTES))
+            self._send_records(self._ssl.bio_read((end - start) * (size + RECORD_OVERHEAD_BYTES)))
         except (SSL.Error, OSError) as error:
             log.debug("a packet did not leave: %s", error)
             return max(end, start + 1)

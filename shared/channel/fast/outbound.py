@@ -15,7 +15,7 @@ from shared.channel.fast.congestion import Congestion
 
 # What leaves at once, beside what was just acknowledged: more would run over a router's queue after a pause.
 # aiortc's 4 packets cost 16 KiB three round trips.
-BURST_BYTES = 32 * PAYLOAD_BYTES
+BURST_PACKETS = 32
 # Packets that overtake each other are not lost: the distance doubles when a packet was sent again needlessly.
 LEAST_REORDERING = 3
 MOST_REORDERING = 48
@@ -50,6 +50,8 @@ class Outbound:
         self.flight_bytes = 0
         """Bytes on their way, neither acknowledged nor known to be lost."""
         self.congestion = congestion
+        self.payload_bytes = PAYLOAD_BYTES
+        """How much of a message goes into one packet."""
         self._envelope = envelope
         self._cumulative = first_tsn - 1
         self._window_bytes = window_bytes
@@ -61,7 +63,7 @@ class Outbound:
         self._arrived_order = 0
         self._slowed_order = 0
         self._reordering = LEAST_REORDERING
-        self._burst_bytes = BURST_BYTES
+        self._burst_bytes = self._most_burst_bytes
         self._burst_since = 0.0
         self._probed = False
         self._needless_probes = 0
@@ -70,9 +72,10 @@ class Outbound:
     def append(self, stream: int, sequence: int, protocol: int, message: bytes) -> None:
         """Cut a message into packets, which wait to be sent."""
         flags, size, tsn = FIRST, len(message), self.next_tsn
-        for start in range(0, size, PAYLOAD_BYTES):
-            payload = message[start : start + PAYLOAD_BYTES]
-            if start + PAYLOAD_BYTES >= size:
+        most = self.payload_bytes
+        for start in range(0, size, most):
+            payload = message[start : start + most]
+            if start + most >= size:
                 flags |= LAST
             chunk = data_chunk(flags, tsn, stream, sequence, protocol, payload)
             self._waiting.append(Packet(tsn, len(payload), self._envelope.sealed(chunk)))
@@ -80,6 +83,11 @@ class Outbound:
             flags = 0
         self.next_tsn = tsn
         self.waiting_bytes += size
+
+    @property
+    def unanswered(self) -> int:
+        """How many timeouts in a row nothing came back for."""
+        return self._timeouts
 
     def room_bytes(self, now: float) -> int:
         """How much more may leave now, not counting what waits already."""
@@ -104,7 +112,9 @@ class Outbound:
             self._send(packet, now)
             leaving.append(packet.bytes)
         # What was acknowledged while there was nothing to send is not saved up.
-        self._burst_bytes = min(BURST_BYTES, self._burst_bytes - (self.flight_bytes - flight_bytes))
+        self._burst_bytes = min(
+            self._most_burst_bytes, self._burst_bytes - (self.flight_bytes - flight_bytes)
+        )
         if leaving and self.deadline is None:
             self._wait(now)
         return leaving
@@ -115,7 +125,7 @@ class Outbound:
         if cumulative < self._cumulative or cumulative >= self.next_tsn - len(self._waiting):
             return
         self._window_bytes = sack.window
-        held_back = self.flight_bytes + PAYLOAD_BYTES > self.congestion.window_bytes
+        held_back = self.flight_bytes + self.payload_bytes > self.congestion.window_bytes
         arrived = [self._open.pop(tsn, None) for tsn in range(self._cumulative + 1, cumulative + 1)]
         self._cumulative = cumulative
         if sack.gaps:
@@ -157,13 +167,18 @@ class Outbound:
         window = max(self._window_bytes, PAYLOAD_BYTES)
         return min(self.flight_bytes + self._burst_bytes, self.congestion.window_bytes, window)
 
+    @property
+    def _most_burst_bytes(self) -> int:
+        return BURST_PACKETS * self.payload_bytes
+
     def _refill_burst(self, now: float) -> None:
         """A burst may follow the last one as soon as the path has carried that, by the window's own rate."""
-        if self._burst_bytes < BURST_BYTES:
+        most = self._most_burst_bytes
+        if self._burst_bytes < most:
             trip_s = self.congestion.trips.smoothed_s
             rate = self.congestion.window_bytes / trip_s if trip_s else 0.0
             refilled = self._burst_bytes + rate * (now - self._burst_since)
-            self._burst_bytes = BURST_BYTES if not self.flight_bytes else min(BURST_BYTES, int(refilled))
+            self._burst_bytes = most if not self.flight_bytes else min(most, int(refilled))
         self._burst_since = now
 
     def _send(self, packet: Packet, now: float) -> None:

@@ -43,12 +43,15 @@ from shared.channel.fast.congestion import FIRST_TIMEOUT_S, Congestion
 from shared.channel.fast.dtls import FastDtlsTransport
 from shared.channel.fast.inbound import Inbound, TooLong
 from shared.channel.fast.outbound import Outbound
+from shared.channel.fast.path_mtu import HEARTBEAT_ACK, PROBE_S, PathMtu, probe_packet, probed_size
 
 log = logging.getLogger(__name__)
 
 # What may be on its way, and what we hold of it. More than the UDP buffers take would only be lost.
 WIDE_WINDOW_BYTES = 1 << 20
 NARROW_WINDOW_BYTES = 256 * 1024
+# One timeout is a cut of the path; after a second one long packets are suspected.
+_SUSPICIOUS_TIMEOUTS = 2
 
 _State = RTCSctpTransport.State
 
@@ -72,6 +75,10 @@ class FastSctpTransport(RTCSctpTransport):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._rto = FIRST_TIMEOUT_S
+        self.takes_packet_bytes = 0
+        """The longest packet that the other side reads; 0 while it did not say."""
+        self._path = PathMtu(0)
+        self._probe_timer: asyncio.TimerHandle | None = None
 
     # What comes in.
 
@@ -107,6 +114,8 @@ class FastSctpTransport(RTCSctpTransport):
             self._data_received(read_data(flags, body))
         elif kind == SACK:
             self._sack_received(read_sack(body))
+        elif kind == HEARTBEAT_ACK:
+            self._probe_answered(probed_size(body))
         elif kind in CHUNK_TYPES:
             _run(self._receive_chunk(CHUNK_TYPES[kind](flags, body)))
 
@@ -234,7 +243,37 @@ class FastSctpTransport(RTCSctpTransport):
         now = monotonic()
         if outbound.deadline is not None and outbound.deadline <= now:
             self._dtls.send_packets(outbound.expired(now))
+            if outbound.unanswered >= _SUSPICIOUS_TIMEOUTS and self._path.narrowed():
+                self._shorten(outbound)
         self._set_timer(outbound)
+
+    # How long packets may be.
+
+    def _seek_longer(self) -> None:
+        """Ask the path for the longest packets that both ends like, then for shorter ones."""
+        self._stop_seeking()
+        assert self._ours is not None
+        while self._association_state == _State.ESTABLISHED and (size := self._path.next_probe()):
+            if self._dtls.send_probe(probe_packet(self._ours, size)):
+                self._probe_timer = asyncio.get_running_loop().call_later(PROBE_S, self._seek_longer)
+                return
+            self._path.refused()
+
+    def _stop_seeking(self) -> None:
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None
+
+    def _probe_answered(self, size: int) -> None:
+        if self._outbound is not None and self._path.answered(size):
+            self._stop_seeking()
+            self._outbound.payload_bytes = self._path.payload_bytes
+
+    def _shorten(self, outbound: Outbound) -> None:
+        """The path takes long packets no more: new ones are short, and those on their way may be cut."""
+        log.info("the path seems to take no packets of %d bytes any more", outbound.payload_bytes)
+        outbound.payload_bytes = self._path.payload_bytes
+        self._dtls.cut_datagrams(allowed=True)
 
     # What aiortc calls.
 
@@ -242,6 +281,14 @@ class FastSctpTransport(RTCSctpTransport):
         if state == _State.ESTABLISHED and self._outbound is None:
             self._establish()
         super()._set_state(state)
+        if (
+            state == _State.ESTABLISHED
+            and self.takes_packet_bytes
+            and self._dtls.cut_datagrams(allowed=False)
+        ):
+            self._seek_longer()
+        elif state == _State.CLOSED:
+            self._stop_seeking()
 
     def _establish(self) -> None:
         """Both sides know their tags, first numbers and windows."""
@@ -252,6 +299,7 @@ class FastSctpTransport(RTCSctpTransport):
         self._inbound = Inbound(self._last_received_tsn, window, self._deliver)
         # aiortc keeps the other side's first window as the threshold of slow start.
         self._outbound = Outbound(self._ours, self._local_tsn, self._ssthresh, Congestion(window))
+        self._path = PathMtu(self.takes_packet_bytes)
 
     async def _init(self) -> None:
         if not self._dtls.wide:

@@ -9,7 +9,7 @@ import pytest
 
 from shared.channel.fast.chunks import PAYLOAD_BYTES, Envelope, Sack
 from shared.channel.fast.congestion import LEAST_TIMEOUT_S, Congestion
-from shared.channel.fast.outbound import BURST_BYTES, LEAST_REORDERING, Outbound
+from shared.channel.fast.outbound import BURST_PACKETS, LEAST_REORDERING, Outbound
 from tests.harness.simulated_association import SimulatedAssociation
 
 MESSAGE = b"m" * 16_400
@@ -110,14 +110,14 @@ def test_no_more_than_a_burst_leaves_after_a_pause() -> None:
     association = home()
     mbit_per_s(association, mib=4)
     outbound = association.outbound
-    assert outbound.congestion.window_bytes > 2 * BURST_BYTES
+    assert outbound.congestion.window_bytes > 2 * BURST_PACKETS * PAYLOAD_BYTES
     now = association.now + 1.0
     association.run_until(lambda: outbound.flight_bytes == 0)
     for _ in range(20):
         outbound.append(0, 0, 53, MESSAGE)
 
     leaving = outbound.transmit(now) + outbound.transmit(now)
-    assert sum(map(len, leaving)) < 1.1 * BURST_BYTES
+    assert sum(map(len, leaving)) < 1.1 * BURST_PACKETS * PAYLOAD_BYTES
 
 
 @pytest.mark.parametrize("cumulative", [FIRST_TSN - 50, FIRST_TSN + 3, FIRST_TSN + 2**30])
