@@ -155,7 +155,7 @@ async def _say_goodbye(app: web.Application) -> None:
     goodbye = Restarting(max(RETRY_AFTER_S, len(participants) / RETURNS_PER_S))
 
     async def part(participant: Participant) -> None:
-        await participant.send(goodbye)
+        participant.send(goodbye)
         await participant.close()
 
     async with asyncio.TaskGroup() as tasks:

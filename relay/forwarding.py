@@ -24,7 +24,7 @@ class FrameCounts(Struct):
     dropped: int = 0
 
 
-async def forward(participants: Participants, sender: Participant, frame: bytes, counts: FrameCounts) -> None:
+def forward(participants: Participants, sender: Participant, frame: memoryview, counts: FrameCounts) -> None:
     """Pass a frame on, or tell its sender why not.
 
     The receiver's backlog is bounded and nobody waits for it: one slow reader costs its own senders a
@@ -32,23 +32,24 @@ async def forward(participants: Participants, sender: Participant, frame: bytes,
     """
     length = len(frame) - ID_BYTES
     if not 0 <= length <= MAX_PAYLOAD_BYTES:
-        await sender.send(
+        sender.send(
             Denied(
                 f"a frame carries a 32-byte id and at most {MAX_PAYLOAD_BYTES} bytes, not {len(frame)} in all"
             )
         )
         return
-    receiver = participants.at(frame[:ID_BYTES])
+    destination = bytes(frame[:ID_BYTES])
+    receiver = participants.at(destination)
     if receiver is None:
         counts.undeliverable += 1
-        await sender.send(Gone(id_from_bytes(frame[:ID_BYTES])))
+        sender.send(Gone(id_from_bytes(destination)))
         return
     participants.meet(sender, receiver)
-    if await receiver.send_frame(sender.raw_id + frame[ID_BYTES:]):
+    if receiver.send_frame(sender.raw_id, frame[ID_BYTES:]):
         counts.forwarded += 1
         counts.forwarded_bytes += length
     else:
         counts.dropped += 1
-        await sender.send(
+        sender.send(
             Denied(f"{short(receiver.peer)} reads too slowly: a frame was dropped", peer=receiver.peer)
         )

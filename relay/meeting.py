@@ -114,7 +114,7 @@ class Meeting:
                 self._tell_soon(entry)
         return older
 
-    async def leave(self, participant: Participant) -> None:
+    def leave(self, participant: Participant) -> None:
         """A connection has ended: everyone concerned hears of it before anything else happens."""
         current = self.participants.remove(participant)
         entry = self.registry.get(participant.peer)
@@ -122,7 +122,7 @@ class Meeting:
         if announced and current:
             self.registry.departed.add(participant.peer)
         model = entry.announcement.model if entry is not None and announced else None
-        await self.participants.tell_gone(participant, model)
+        self.participants.tell_gone(participant, model)
         if entry is not None and announced and not current:
             # A newer connection of the same participant is here: it is gone for an instant only.
             self._tell_soon(entry)
@@ -138,12 +138,12 @@ class Meeting:
             news, self._news = self._news, {}
             # Of those that left meanwhile, watchers have heard already; they must not seem to be back.
             here = [entry for entry in news.values() if entry.peer not in self.registry.departed]
-            await self._tell(None, here)
+            self._tell(None, here)
             by_model: dict[str, list[Entry]] = {}
             for entry in here:
                 by_model.setdefault(entry.announcement.model, []).append(entry)
             for model, entries in by_model.items():
-                await self._tell(model, entries)
+                self._tell(model, entries)
 
     async def tidy(self) -> None:
         """Forget what has run out, until cancelled."""
@@ -152,7 +152,7 @@ class Meeting:
             now = self.clock()
             if self.registry.forget(now) and self.writer is not None:
                 await self.writer.forget(now)
-            await self._dismiss_idle()
+            self._dismiss_idle()
 
     async def weigh(self) -> None:
         """Keep what waits for slow readers within memory, until cancelled."""
@@ -160,20 +160,20 @@ class Meeting:
             await asyncio.sleep(WEIGH_EVERY_S)
             self.participants.weigh()
 
-    async def _dismiss_idle(self) -> None:
+    def _dismiss_idle(self) -> None:
         idle_s = self.settings.idle_s
         if not idle_s:
             return
         for participant in self.participants.silent_since(time.monotonic() - idle_s):
             if not participant.watches and not self._announced(participant.peer):
                 self.counts.idle += 1
-                await participant.dismiss(f"nothing was said for {idle_s:.0f} s: connect again when needed")
+                participant.dismiss(f"nothing was said for {idle_s:.0f} s: connect again when needed")
 
     def _announced(self, peer: PeerId) -> bool:
         entry = self.registry.get(peer)
         return entry is not None and entry.live(self.clock())
 
-    async def _tell(self, model: str | None, entries: Iterable[Entry]) -> None:
+    def _tell(self, model: str | None, entries: Iterable[Entry]) -> None:
         watchers = [
             watcher
             for watcher in self.participants.watchers(model)
@@ -185,7 +185,7 @@ class Meeting:
         for page in pages(entry.record for entry in entries):
             message = encode(Found(request=0, records=page))
             for watcher in watchers:
-                await watcher.send_encoded(message)
+                watcher.send_encoded(message)
 
     def _tell_soon(self, entry: Entry) -> None:
         self._news[entry.peer] = entry

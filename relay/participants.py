@@ -13,6 +13,7 @@ from aiohttp import web
 from relay.settings import RelaySettings
 from shared.identity import PeerId, id_bytes, short
 from shared.protocol import Denied, FromRelay, Gone, encode
+from shared.short_way import BINARY, TEXT, server_frame
 
 log = logging.getLogger(__name__)
 
@@ -87,27 +88,27 @@ class Participant:
         """What it has not read yet, beyond what the system holds for it."""
         return self._transport.get_write_buffer_size()
 
-    async def send(self, message: FromRelay) -> None:
-        await self.send_encoded(encode(message))
+    def send(self, message: FromRelay) -> None:
+        self.send_encoded(encode(message))
 
-    async def send_encoded(self, message: bytes) -> None:
+    def send_encoded(self, message: bytes) -> None:
         """Send a control message. A participant that never reads is cut off rather than waited for."""
         if self.waiting_bytes > self._backlog.control_bytes:
             log.info("%s does not read what it asked for: disconnected", short(self.peer))
             self._transport.abort()
             return
-        await self._write(message, aiohttp.WSMsgType.TEXT)
+        self._write(server_frame(TEXT, message))
 
-    async def send_frame(self, frame: bytes) -> bool:
+    def send_frame(self, source: bytes, payload: memoryview) -> bool:
         """Send a frame; False when too much waits already and the frame was dropped."""
-        if self.waiting_bytes + len(frame) > self._backlog.frame_bytes:
+        if self.waiting_bytes + len(payload) > self._backlog.frame_bytes:
             return False
-        await self._write(frame, aiohttp.WSMsgType.BINARY)
+        self._write(server_frame(BINARY, source, payload))
         return True
 
-    async def dismiss(self, reason: str) -> None:
+    def dismiss(self, reason: str) -> None:
         """Tell why, and end the connection soon, whether or not the other side still reads."""
-        await self.send(Denied(reason, fatal=True))
+        self.send(Denied(reason, fatal=True))
         self._transport.close()
         asyncio.get_running_loop().call_later(LAST_WORDS_S, self._transport.abort)
 
@@ -115,12 +116,10 @@ class Participant:
         """End the connection in good order, waiting a moment for the other side."""
         await self._socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
 
-    async def _write(self, data: bytes, kind: aiohttp.WSMsgType) -> None:
-        try:
-            await self._socket.send_frame(data, kind)
-        except (ConnectionError, aiohttp.ClientError):
-            # It is going; its own session notices and tells everyone concerned.
-            log.debug("a message to %s came too late", short(self.peer))
+    def _write(self, message: bytes) -> None:
+        # Past aiohttp, which writes whole messages too. When it is going, its own session tells everyone.
+        if not self._socket.closed and not self._transport.is_closing():
+            self._transport.write(message)
 
 
 class Participants:
@@ -186,7 +185,7 @@ class Participants:
         _remember(one.contacts, other.peer)
         _remember(other.contacts, one.peer)
 
-    async def tell_gone(self, participant: Participant, model: str | None) -> None:
+    def tell_gone(self, participant: Participant, model: str | None) -> None:
         """Tell everyone whom the end of a connection concerns; `model` is what it announced, if anything."""
         concerned = {self._by_id[peer] for peer in participant.contacts if peer in self._by_id}
         if model is not None:
@@ -195,7 +194,7 @@ class Participants:
         message = encode(Gone(participant.peer))
         for other in concerned:
             other.contacts.pop(participant.peer, None)
-            await other.send_encoded(message)
+            other.send_encoded(message)
 
 
 def _remember(contacts: dict[PeerId, None], peer: PeerId) -> None:

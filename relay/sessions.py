@@ -46,6 +46,7 @@ from shared.protocol import (
     peer_id,
 )
 from shared.relay_client import LOGIN_DOMAIN, login_payload
+from shared.short_way import ShortWay, shorten
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +97,16 @@ async def _serve(request: web.Request, meeting: Meeting, seen: str, address: str
         writer_limit=NEVER_WAIT,
     )
     writer = await socket.prepare(request)
+    way = shorten(request.protocol, _not_yet, masked=True)
     try:
         login = await _log_in(socket, request, meeting)
+        way.handled()
         if login is not None:
             assert request.transport is not None
             me = Participant(
                 peer_id(login.peer), socket, request.transport, address, meeting.participants.backlog
             )
-            await _Session(meeting, me, socket, writer).run(seen)
+            await _Session(meeting, me, socket, writer, way).run(seen)
     except (ConnectionError, aiohttp.ClientError):
         log.debug("a connection ended in the middle of a word")
     finally:
@@ -162,28 +165,46 @@ class _Session:
         me: Participant,
         socket: web.WebSocketResponse,
         writer: aiohttp.abc.AbstractStreamWriter,
+        way: ShortWay,
     ) -> None:
         self._meeting = meeting
         self._me = me
         self._socket = socket
         self._writer = writer
+        self._way = way
+        self._due_at = 0.0
+        """When the bytes of its frames so far are paid for."""
 
     async def run(self, seen: str) -> None:
         async with self._present():
-            await self._me.send(Welcome(seen[:64], *self._meeting.stun_ports))
+            self._me.send(Welcome(seen[:64], *self._meeting.stun_ports))
+            self._way.take = self._carry_now
             async for received in self._socket:
                 self._me.heard_at = time.monotonic()
                 if received.type is aiohttp.WSMsgType.BINARY:
                     await self._carry(received.data)
                 elif received.type is aiohttp.WSMsgType.TEXT:
                     await self._heard(received.data)
+                self._way.handled()
+
+    def _carry_now(self, frame: memoryview) -> bool:
+        """Pass a frame on where it is read; False when earlier ones are not paid for yet."""
+        now = time.monotonic()
+        if now < self._due_at:
+            return False
+        self._me.heard_at = now
+        forward(self._meeting.participants, self._me, frame, self._meeting.frames)
+        cost = max(len(frame), FRAME_COST_BYTES)
+        self._due_at = now + self._meeting.limits.take_bytes(self._me.peer, self._me.address, cost)
+        return True
 
     async def _carry(self, frame: bytes) -> None:
-        await forward(self._meeting.participants, self._me, frame, self._meeting.frames)
-        await self._charge(max(len(frame), FRAME_COST_BYTES))
+        """The same, but wait until it may go: TCP lets the sender wait, and nothing is dropped."""
+        while not self._carry_now(memoryview(frame)):
+            await self._wait(self._due_at - time.monotonic())
 
     async def _charge(self, count: int) -> None:
-        """Read on when the bytes are due: TCP lets the sender wait, nothing is dropped, nobody else waits."""
+        """Read on when the bytes of an answer are paid for."""
         await self._wait(self._meeting.limits.take_bytes(self._me.peer, self._me.address, count))
 
     @asynccontextmanager
@@ -193,17 +214,17 @@ class _Session:
         log.debug("%s is here", short(self._me.peer))
         try:
             if older is not None:
-                await older.dismiss("you logged in again: the newer connection stays")
+                older.dismiss("you logged in again: the newer connection stays")
             yield
         finally:
-            await self._meeting.leave(self._me)
+            self._meeting.leave(self._me)
             log.debug("%s has gone", short(self._me.peer))
 
     async def _heard(self, text: str) -> None:
         """Do what a control message asks, or say why not."""
         if len(text) > MAX_RELAY_MESSAGE_BYTES:
             reason = f"a message may have {MAX_RELAY_MESSAGE_BYTES} bytes, this one has {len(text)}"
-            await self._me.send(Denied(reason, fatal=True))
+            self._me.send(Denied(reason, fatal=True))
             await self._socket.close(code=aiohttp.WSCloseCode.MESSAGE_TOO_BIG, message=_close_reason(reason))
             return
         await self._wait(self._meeting.limits.control.take(self._me.peer))
@@ -212,7 +233,7 @@ class _Session:
         except (ProtocolError, Refused) as error:
             self._meeting.counts.denied += 1
             retry_after_s = error.retry_after_s if isinstance(error, LimitReached) else 0.0
-            await self._me.send(Denied(str(error)[:1000], retry_after_s=retry_after_s))
+            self._me.send(Denied(str(error)[:1000], retry_after_s=retry_after_s))
 
     async def _act(self, message: ToRelay) -> None:
         match message:
@@ -222,7 +243,7 @@ class _Session:
                 await self._look_up(message)
             case Signal():
                 self._meeting.counts.signals += 1
-                await pass_on(self._meeting.participants, self._me, message)
+                pass_on(self._meeting.participants, self._me, message)
             case Login():
                 raise Refused("you are logged in already")
             case _:
@@ -247,17 +268,22 @@ class _Session:
         parts = list(pages(entry.record for entry in found))
         for number, page in enumerate(parts, start=1):
             message = encode(Found(lookup.request, page, more=number < len(parts)))
-            await self._me.send_encoded(message)
+            self._me.send_encoded(message)
             # A large answer goes at the asker's own pace; only its own reading waits for it.
             await self._writer.drain()
             await self._charge(len(message))
-        await self._tell_departed(found)
+        self._tell_departed(found)
 
-    async def _tell_departed(self, found: list[Entry]) -> None:
+    def _tell_departed(self, found: list[Entry]) -> None:
         """Announced but no longer connected here: told, as those who watched were told when it happened."""
         for entry in found:
             if entry.peer in self._meeting.registry.departed:
-                await self._me.send(Gone(entry.peer))
+                self._me.send(Gone(entry.peer))
+
+
+def _not_yet(frame: memoryview) -> bool:
+    """Nobody's frames are carried before the login."""
+    return False
 
 
 def _retry_after(wait_s: float) -> dict[str, str]:

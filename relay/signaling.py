@@ -6,11 +6,11 @@ from relay.participants import Participant, Participants
 from shared.protocol import Gone, Signal, peer_id
 
 
-async def pass_on(participants: Participants, sender: Participant, signal: Signal) -> None:
+def pass_on(participants: Participants, sender: Participant, signal: Signal) -> None:
     """Deliver a signal as it is, or tell its sender that the receiver is not here."""
     receiver = participants.get(peer_id(signal.receiver))
     if receiver is None:
-        await sender.send(Gone(signal.receiver))
+        sender.send(Gone(signal.receiver))
         return
     participants.meet(sender, receiver)
-    await receiver.send(signal)
+    receiver.send(signal)

@@ -40,6 +40,7 @@ from shared.protocol import (
     peer_id,
 )
 from shared.settings import relay_url
+from shared.short_way import ShortWay, shorten
 
 log = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ class RelayClient:
         """One connection from dialling to its end. Returns after how long the relay wants us back."""
         socket = await self._dial()
         try:
-            welcome = await self._log_in(socket)
+            way, welcome = await self._log_in(socket)
             async with asyncio.TaskGroup() as tasks:
                 link = _Link(socket, self.url)
                 writing = tasks.create_task(link.write())
@@ -277,7 +278,7 @@ class RelayClient:
                 if not first.done():
                     first.set_result(None)
                 try:
-                    return await self._read(socket)
+                    return await self._read(socket, way)
                 finally:
                     writing.cancel()
         finally:
@@ -305,17 +306,20 @@ class RelayClient:
                 f" ({reason})"
             ) from None
 
-    async def _log_in(self, socket: aiohttp.ClientWebSocketResponse) -> Welcome:
+    async def _log_in(self, socket: aiohttp.ClientWebSocketResponse) -> tuple[ShortWay, Welcome]:
         try:
             async with asyncio.timeout(LOGIN_TIMEOUT_S):
                 challenge = await self._expect(socket, Challenge)
+                # Now, since the relay says nothing more before our login.
+                way = shorten(_protocol(socket), self._take_frame, masked=False)
                 payload = login_payload(challenge.nonce, self._ws_url.host_port_subcomponent or "")
                 signature = self.identity.sign(LOGIN_DOMAIN, payload).hex()
                 asked = time.monotonic()
                 await socket.send_str(encode(Login(self.identity.id, signature)).decode())
                 welcome = await self._expect(socket, Welcome)
                 self.login_ms = (time.monotonic() - asked) * 1000
-                return welcome
+                way.handled()
+                return way, welcome
         except TimeoutError:
             raise RelayUnreachable(f"the relay at {self.url} did not finish the login in time") from None
         except (aiohttp.ClientError, OSError):
@@ -364,7 +368,7 @@ class RelayClient:
 
     # ------------------------------------------------------------ reading
 
-    async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> float:
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse, way: ShortWay) -> float:
         """Read until the connection ends. Never pauses: aiohttp's buffer has no bound for those who do."""
         retry_after_s = 0.0
         try:
@@ -381,6 +385,7 @@ class RelayClient:
                     self._told(message)
                 else:
                     break
+                way.handled()
         except ProtocolError as error:
             log.warning("the relay at %s sends rubbish, connecting anew: %s", self.url, error)
         log.info("the connection to the relay at %s ended", self.url)
@@ -393,6 +398,13 @@ class RelayClient:
             f"key, end one of the two; this one asks again in {TURNED_OUT_RETRY_S / 60:.0f} minutes"
         )
         log.error("%s", self.error)
+
+    def _take_frame(self, data: memoryview) -> bool:
+        """A frame where it is read; False for what `_frame` should complain about, or not hear yet."""
+        if self._link is None or len(data) < ID_BYTES:
+            return False
+        self.on_frame.tell(id_from_bytes(data[:ID_BYTES]), data[ID_BYTES:])
+        return True
 
     def _frame(self, data: bytes) -> None:
         if len(data) < ID_BYTES:
@@ -578,6 +590,11 @@ def retry_delay(failures: int, retry_after_s: float, chance: float) -> float:
 def _decode(text: str) -> FromRelay:
     message: FromRelay = decode(text, FromRelay)
     return message
+
+
+def _protocol(socket: aiohttp.ClientWebSocketResponse) -> object:
+    """What reads this connection in aiohttp; None where aiohttp is not as we know it."""
+    return getattr(getattr(socket, "_conn", None), "protocol", None)
 
 
 def _retry_after_s(headers: Mapping[str, str] | None) -> float:

@@ -51,10 +51,10 @@ async def test_a_relay_that_hides_peers_does_not_hide_them_when_another_shows_th
         liar = swarm.relays[0].meeting.participants.get(swarm.client.identity.id)
         assert liar is not None
         for peer in swarm.peers.values():
-            await liar.send(Gone(peer.identity.id))
+            liar.send(Gone(peer.identity.id))
         heard = asyncio.Event()
         swarm.client.relays.clients[0].on_gone(lambda _: heard.set())
-        await liar.send(Gone("0" * 64))
+        liar.send(Gone("0" * 64))
         await asyncio.wait_for(heard.wait(), 5)
 
         assert {live.name for live in swarm.client.directory.live()} == {"ann", "bob"}
@@ -65,7 +65,7 @@ async def test_a_relay_that_hides_peers_does_not_hide_them_when_another_shows_th
 def hide_everyone(relay: Relay) -> None:
     """From now on it takes announcements and shows none."""
 
-    async def tell_nobody(*_: object) -> None:
+    def tell_nobody(*_: object) -> None:
         pass
 
     relay.meeting.registry.live = lambda *_: []  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, assert_never
 
 from shared.channel.addresses import Interface
-from shared.channel.flow import Inbound, Outbound, Sent
+from shared.channel.flow import CREDIT_DELAY_S, Inbound, Outbound, Sent
 from shared.channel.link import Link, LinkKind, LinkPath
 from shared.channel.listening import ListeningPort
 from shared.channel.path_choice import Way, choose, window_bytes
@@ -53,7 +53,6 @@ from shared.protocol import (
 
 log = logging.getLogger(__name__)
 
-CREDIT_DELAY_S = 0.05
 CANCEL_AGAIN_S = 0.2
 # For a peer whose relay connection closed: a killed process answers nothing, a living one in a round trip.
 PROOF_TICK_S = 0.05
@@ -425,10 +424,16 @@ class Channel:
 
     def _credit_later(self) -> None:
         """Tell what was consumed: at once when it is much, else together with what follows."""
-        if self._inbound.credit_due():
+        wait_s = self._inbound.credit_wait_s()
+        if not wait_s:
             self._send_credit()
-        elif self._credit_timer is None:
-            self._credit_timer = self._loop.call_later(CREDIT_DELAY_S, self._send_credit)
+            return
+        timer, due_at = self._credit_timer, self._loop.time() + wait_s
+        if timer is not None:
+            if timer.when() <= due_at:
+                return
+            timer.cancel()
+        self._credit_timer = self._loop.call_at(due_at, self._send_credit)
 
     # ------------------------------------------------------------ receiving
 
@@ -460,7 +465,7 @@ class Channel:
             case Ping():
                 for deaf in tuple(self.directs):
                     if deaf.kind == message.deaf and deaf.trusted:
-                        self._distrust(deaf)
+                        self._distrust(deaf, told=True)
                 # A link that is behind answers no pings, so nobody can fill our memory with answers.
                 if link.ready:
                     pong = Pong(message.number, self._inbound.received, self._inbound.settle())
@@ -567,17 +572,18 @@ class Channel:
         if self.relayed.gone and not self.directs:
             self.end("its direct link ended, and it is at no relay", bye=False)
 
-    def _distrust(self, link: Link) -> None:
+    def _distrust(self, link: Link, *, told: bool = False) -> None:
         """From now on by another one, beginning with what this one may not have delivered.
 
-        The other side hears of it: it may still hear us there, and would go on speaking to deaf ears.
+        The other side hears of it, unless it told us: it may still hear us there, and would go on speaking to
+        deaf ears.
         """
         link.trusted = False
         self._choose()
         if link is not self._path:
             self._outbound.link_lost(link)
             alike = any(other.kind == link.kind for other in self.directs if other is not link)
-            if self._path is not None and link is not self.relayed and not alike:
+            if self._path is not None and link is not self.relayed and not alike and not told:
                 self._ping(self._path, deaf=link.kind)
         self._pump()
 

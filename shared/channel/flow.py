@@ -47,6 +47,11 @@ _TOLERATED_BYTES = WINDOW_MOST_BYTES + len(_PRIORITIES) * HEADER_BYTES
 
 CREDIT_BYTES = 32 * 1024
 CREDIT_FRAMES = 32
+# Credit costs both ends and a relay a frame. A window has room for what comes in CREDIT_SOON_S: `path_choice`
+# counts with TURN_S. Without traffic the sender learns of it all the same.
+CREDIT_SOON_S = 0.002
+CREDIT_DELAY_S = 0.05
+_MUCH = 4
 
 
 class Carrier(Protocol):
@@ -247,10 +252,11 @@ class Inbound:
             return self._in_hand.sequence - 1
         return self.inbox[0].sequence - 1 if self.inbox else self.received
 
-    def credit_due(self) -> bool:
-        """True when enough was consumed since the last credit to be worth a message."""
+    def credit_wait_s(self) -> float:
+        """For how long the sender need not hear what was consumed since the last credit."""
         self._count()
-        return self._due_bytes >= CREDIT_BYTES or self._counted - self._credited >= CREDIT_FRAMES
+        much = max(self._due_bytes / CREDIT_BYTES, (self._counted - self._credited) / CREDIT_FRAMES)
+        return CREDIT_DELAY_S if much < 1 else CREDIT_SOON_S if much < _MUCH else 0.0
 
     def credit(self) -> int | None:
         """What to tell the sender as consumed, if it is more than it was told."""

@@ -78,7 +78,7 @@ def swallow(relay: Relay) -> None:
     """Signals to those who are not there vanish without a word."""
     nobody = relay.meeting.participants.get
 
-    async def vanish(message: object) -> None:
+    def vanish(message: object) -> None:
         pass
 
     class Nobody:
@@ -110,8 +110,8 @@ async def test_row_1_a_record_that_a_relay_altered_or_aged_changes_nothing(llama
         )
         heard = asyncio.Event()
         swarm.client.relays.clients[0].on_gone(lambda _: heard.set())
-        await liar.send(Found(0, [old.record, forged]))
-        await liar.send(Gone("0" * 64))
+        liar.send(Found(0, [old.record, forged]))
+        liar.send(Gone("0" * 64))
         await asyncio.wait_for(heard.wait(), 5)
 
         assert swarm.client.directory.live() == [newest]
