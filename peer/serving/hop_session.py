@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import sys
 import time
 from array import array
 from collections.abc import Coroutine, Hashable, Iterator, Sequence
@@ -152,6 +154,8 @@ class HopSession:
         self._stirred = asyncio.Event()
         self._over = False
         self._inbox: asyncio.Queue[Item] = asyncio.Queue(INBOX_SIZE)
+        self._unchanged = sys.maxsize
+        """Up to which position the cache is what it was since the route was taken."""
         self._watches = ExitStack()
         self._channels: dict[PeerId, Channel] = {}
 
@@ -172,6 +176,11 @@ class HopSession:
         if self._over or self._cache is None or self._fed_by is None:
             return None
         return Prefix(scope(asker, self.open), pages, self.position, self._cache, self._log)
+
+    def lend(self) -> Prefix | None:
+        """What this session has computed so far of the text that it was opened with, for others to copy."""
+        left = None if self.open.standby else self.leave(self.asker.peer, self.open.pages)
+        return left and dataclasses.replace(left, unchanged=lambda: self._unchanged)
 
     def put(self, item: Item) -> None:
         """Hand the session an item. A session that is over takes none."""
@@ -291,6 +300,7 @@ class HopSession:
         self._untold = []
         self._allowed = None
         self._prompt_before = False
+        self._unchanged = sys.maxsize
         if self._fed_by != opened.route[: opened.index]:
             self._fed_by = None
 
@@ -349,6 +359,8 @@ class HopSession:
             # Our memory of the session is not what the asker believes: ask for a replay, as if we were new.
             await self.tell(Lost(step.session, step.epoch, self._around.me))
             return
+        if step.position < self._cache.length:
+            self._unchanged = min(self._unchanged, step.position)
         # With ours added they might be more than a message holds, and the next hop would hang up on us.
         if len(step.hops) > self.open.index:
             raise BadInputs(f"a step came with {len(step.hops)} hops, from only {self.open.index} before me")

@@ -1,4 +1,4 @@
-"""What finished sessions leave behind, for sessions that begin with the same tokens.
+"""What finished sessions leave behind, and running ones lend, for sessions that begin with the same tokens.
 
 A kept prefix is the session's own KV cache and input log, in memory that no session has reserved: whoever
 reserves goes first, and the prefix used least recently is freed. Only the same asker, by the same peers up to
@@ -8,7 +8,7 @@ reaches no route without that hop.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from peer.model.kv_cache import KVCache
@@ -18,7 +18,7 @@ from shared.protocol import PREFIX_PAGE
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """The cache and the log of a session that is over, with the names of its pages."""
+    """The cache and the log of a session, with the names of its pages."""
 
     scope: Hashable
     pages: Sequence[str]
@@ -26,6 +26,8 @@ class Prefix:
     """Positions that both the cache and, where there is a next hop, the log hold."""
     cache: KVCache
     log: InputLog
+    unchanged: Callable[[], int] | None = None
+    """Of a session that still runs: up to where its cache is what it was when this was made."""
 
     @property
     def held_bytes(self) -> int:
@@ -39,6 +41,10 @@ class Prefix:
                 break
             count += 1
         return count
+
+    def shared(self, pages: Sequence[str]) -> int:
+        """How many positions of such a text it holds."""
+        return min(self.common(pages) * PREFIX_PAGE, self.length)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Beginning:
         cache, log = self.prefix.cache, self.prefix.log
         # That pass may have begun further back.
         length = min(self.pages * PREFIX_PAGE, self.prefix.length, cache.length)
+        if self.prefix.unchanged is not None:
+            length = min(length, self.prefix.unchanged())
         if not self.owned:
             return cache.copy(length, capacity), log.copy(length)
         cache.truncate(length)
@@ -91,22 +99,27 @@ class Prefixes:
         self._kept.append(replace(prefix, pages=pages))
         self.shrink(free_bytes)
 
-    def begin(self, scope: Hashable, pages: Sequence[str], free_bytes: int) -> Beginning | None:
-        """The kept prefix that shares most with a text; None without any.
+    def begin(
+        self, scope: Hashable, pages: Sequence[str], free_bytes: int, lent: Sequence[Prefix] = ()
+    ) -> Beginning | None:
+        """The prefix that shares most with a text, of those kept and those `lent`; None without any.
 
         A session that goes on where it ends takes it over; so does one for which there is no room for a copy
         in the `free_bytes` that reservations leave.
         """
         found = max(
-            (prefix for prefix in self._kept if prefix.scope == scope),
-            key=lambda prefix: prefix.common(pages),
+            (prefix for prefix in (*self._kept, *lent) if prefix.scope == scope),
+            key=lambda prefix: prefix.shared(pages),
             default=None,
         )
-        if found is None or found.common(pages) == 0:
+        if found is None or found.shared(pages) == 0:
             self.shrink(free_bytes)
             return None
-        self._kept.remove(found)
         common = found.common(pages)
+        if found.unchanged is not None:
+            self.shrink(free_bytes)
+            return Beginning(found, common, owned=False)
+        self._kept.remove(found)
         if common < len(found.pages):
             self._kept.append(found)
         self.shrink(free_bytes)

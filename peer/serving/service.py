@@ -443,10 +443,15 @@ class Service:
         self._end(session)
 
     def _beginning(self, channel: Channel, opened: Open) -> Beginning | None:
-        """What an earlier session left for this one; others are freed where reservations want the memory."""
+        """What another session left, or lends, for this one; what was left makes room for reservations."""
         admitted = self._admitted.get(opened.session)
         pages = opened.pages if admitted is None or admitted.moves(opened) else []
-        return self.prefixes.begin(scope(channel.peer, opened), pages, self._budget.free_bytes)
+        lent = [
+            prefix
+            for name, other in self._admitted.items()
+            if pages and name != opened.session and (prefix := other.session.lend()) is not None
+        ]
+        return self.prefixes.begin(scope(channel.peer, opened), pages, self._budget.free_bytes, lent)
 
     def _bytes_per_token(self, start: int, end: int) -> int:
         """KV cache, and the input log where there is a next hop."""

@@ -143,9 +143,13 @@ class SwarmClient:
             reserved,
         )
         self._generations[generation.session] = generation
-        failed = False
+        failed = drawn = False
         try:
             async for event in generation.events():
+                if isinstance(event, Drawn) and not drawn:
+                    # From now on each hop holds the prompt, and lends it.
+                    drawn = True
+                    self._routes.remember(self._pages.names(request.prompt), generation.route)
                 yield event
         except CorollaError:
             failed = True

@@ -13,7 +13,7 @@ from peer.model.kv_cache import KVCache
 from peer.serving.input_log import InputLog
 from peer.serving.prefixes import Prefix, Prefixes
 from shared.client.page_names import PageNames
-from shared.protocol import PREFIX_PAGE, Close, Open, Token
+from shared.protocol import PREFIX_PAGE, Close, Grant, Open, Token
 from tests.peer.serving.parties import (
     HIDDEN,
     LAYERS,
@@ -87,6 +87,49 @@ async def test_chats_with_the_same_beginning_each_get_it() -> None:
 async def test_another_asker_gets_nothing() -> None:
     async with house() as home:
         await chat(home, home.party("ann"), TEXT[:130], 1)
+        assert await chat(home, home.party("bob"), TEXT[:130], 2) == 0
+
+
+async def begin(asker: Party, prompt: list[int], number: int, start: int) -> int:
+    """Bring the prompt from `start` on; gives the first token."""
+    inputs = prompt[start:]
+    body = ids_body(inputs)
+    await asker.say(step(start, len(inputs), session=f"{number:032x}", sample=True), body)
+    return (await asker.hear(Token)).token
+
+
+async def test_a_session_that_runs_lends_its_beginning() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        first, second = TEXT[:130], [*TEXT[:130], *TEXT[5:70]]
+        await ann.opens(opened(home, first, 1, credit=1))
+        assert await begin(ann, first, 1, 0) == expected_tokens(tuple(first), NEW)[0]
+
+        assert await chat(home, ann, second, 2) == 128
+        # The one that lent goes on, and is none the worse for it.
+        await ann.say(Grant("0" * 31 + "1", 1, len(first) + NEW))
+        rest = [(await ann.hear(Token)).token for _ in range(NEW - 1)]
+        assert rest == expected_tokens(tuple(first), NEW)[1:]
+        assert home.service.prefixes.held_bytes > 0, "what the second one left was its own"
+
+
+async def test_a_session_that_took_back_some_of_its_text_lends_what_is_left() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(opened(home, TEXT[:130], 1, credit=1))
+        await begin(ann, TEXT[:130], 1, 0)
+        changed = [*TEXT[:70], *TEXT[:60]]
+        await begin(ann, changed, 1, 70)
+
+        assert await chat(home, ann, TEXT[:130], 2) == 70
+
+
+async def test_a_session_that_runs_lends_nothing_to_another_asker() -> None:
+    async with house() as home:
+        ann = home.party("ann")
+        await ann.opens(opened(home, TEXT[:130], 1, credit=1))
+        await begin(ann, TEXT[:130], 1, 0)
+
         assert await chat(home, home.party("bob"), TEXT[:130], 2) == 0
 
 
