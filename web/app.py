@@ -19,6 +19,7 @@ from yarl import URL
 from shared.errors import SettingsError
 from web.access import LOCAL_HOSTS, Access, access_middleware, allow_origin
 from web.event_stream import KEEPALIVE_S, EventStream
+from web.history import History
 from web.line import PATIENCE_S, WaitingLines
 from web.openai.asking import Asker
 from web.openai.chat import ChatCompletions
@@ -68,6 +69,7 @@ class Gateway:
         self._settings = settings
         self._swarm = swarm
         self._feed = SwarmFeed(swarm)
+        self._history = History(swarm)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -77,6 +79,7 @@ class Gateway:
             if folder is None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="corolla-")))
             await stack.enter_async_context(self._feed.running())
+            await stack.enter_async_context(self._history.running())
             # Without handler_cancellation an answer that nobody waits for any more would run to its end.
             runner = web.AppRunner(
                 self._app(folder / "tokenizers"),
@@ -133,6 +136,7 @@ class Gateway:
         app.router.add_get("/healthz", self._get_health)
         app.router.add_get("/api/swarm", self._get_swarm)
         app.router.add_get("/api/swarm/events", self._get_swarm_events)
+        app.router.add_get("/api/history", self._get_history)
         app.router.add_get("/openapi.json", get_openapi)
         app.router.add_get("/v1/models", models.get_list)
         app.router.add_get("/v1/models/{id:.+}", models.get_one)
@@ -155,6 +159,9 @@ class Gateway:
 
     async def _get_swarm(self, request: web.Request) -> web.Response:
         return web.json_response(body=orjson.dumps(swarm_view(self._swarm)))
+
+    async def _get_history(self, request: web.Request) -> web.Response:
+        return web.json_response(body=orjson.dumps(self._history.view()))
 
     async def _get_swarm_events(self, request: web.Request) -> web.StreamResponse:
         stream = await EventStream.open(request)

@@ -18,6 +18,7 @@ import msgspec
 
 from shared.errors import CorollaError, ProtocolError
 from shared.protocol import Sampling
+from web.call_forms import MARKS, CallForm, form_of
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ READ = frozenset({
 
 MAX_STOP_TOKENS = 64
 """As many as an `Open` may carry."""
-CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
-"""What stands around a call of a tool, with JSON between: the form of Hermes and Qwen."""
 USER_TURN = "\nUser:"
 
 
@@ -125,9 +124,9 @@ class ModelTokenizer:
         return self._template is not None and "tools" in self._template
 
     @property
-    def calls_tools(self) -> bool:
-        """True when the chat template teaches the model to call tools in the form that we read."""
-        return self.takes_tools and CALL_BEGINS in (self._template or "")
+    def call_form(self) -> CallForm | None:
+        """How the chat template teaches the model to call tools; None when in no form that we read."""
+        return form_of(self._template) if self.takes_tools else None
 
     @property
     def chat_template(self) -> str | None:
@@ -142,13 +141,18 @@ class ModelTokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         opening: str = "",
+        *,
+        goes_on: bool = False,
     ) -> Rendered:
         """The prompt for the assistant's next answer, which begins with the `opening`.
+
+        With `goes_on` the last message is the beginning of an answer, which is not over.
 
         Raises ChatRefused with the template's reason.
         """
         if self._template is None:
-            return Rendered(self.encode(_plain(messages) + opening, special=True), [USER_TURN])
+            script = _plain(messages[:-1]) + " " + messages[-1]["content"] if goes_on else _plain(messages)
+            return Rendered(self.encode(script + opening, special=True), [USER_TURN])
         if "developer" not in self._template:
             messages = [_as_system(message) for message in messages]
         try:
@@ -156,7 +160,8 @@ class ModelTokenizer:
                 messages,
                 tools=list(tools) if tools and self.takes_tools else None,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
             )
         except Exception as error:  # the template is foreign code: whatever it raises is its refusal
             raise ChatRefused(f"the model's chat template refuses this conversation: {error}") from None
@@ -221,11 +226,7 @@ def _template_source(tokenizer: Any) -> str | None:  # noqa: ANN401
 def _special_marks(tokenizer: Any) -> dict[int, str]:  # noqa: ANN401
     """The marks around calls of tools, where they are special tokens."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    return {
-        token: mark.content
-        for token, mark in added.items()
-        if mark.special and mark.content in (CALL_BEGINS, CALL_ENDS)
-    }
+    return {token: mark.content for token, mark in added.items() if mark.special and mark.content in MARKS}
 
 
 def _byte_letters() -> dict[str, int]:

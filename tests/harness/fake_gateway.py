@@ -52,6 +52,10 @@ class Fail(Struct, frozen=True):
     message: str
 
 
+class Cut(Struct, frozen=True):
+    """The answer has reached its longest."""
+
+
 class Drop(Struct, frozen=True):
     """The connection breaks."""
 
@@ -63,7 +67,7 @@ class Refuse(Struct, frozen=True):
     message: str
 
 
-Part = Say | Wait | Reroute | Fail | Drop | Refuse
+Part = Say | Wait | Reroute | Fail | Cut | Drop | Refuse
 
 
 class FakeGateway:
@@ -71,6 +75,8 @@ class FakeGateway:
 
     def __init__(self) -> None:
         self.url = ""
+        self.history: Json = {}
+        """What is told of the last hour."""
         self.asked: list[Json] = []
         """The bodies of the questions."""
         self.left = asyncio.Event()
@@ -143,6 +149,7 @@ class FakeGateway:
         page.add_routes(app.router)
         app.on_response_prepare.append(page.finish_headers)
         app.router.add_get("/api/swarm/events", self._get_events)
+        app.router.add_get("/api/history", self._get_history)
         app.router.add_post("/v1/chat/completions", self._post_chat)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
@@ -164,6 +171,9 @@ class FakeGateway:
                 await _send(response, self._view)
                 await self._changed.wait()
 
+    async def _get_history(self, request: web.Request) -> web.Response:
+        return web.json_response(self.history)
+
     async def _post_chat(self, request: web.Request) -> web.StreamResponse:
         self.asked.append(orjson.loads(await request.read()))
         parts = self._scripts.popleft() if self._scripts else (Say("I have nothing to say."),)
@@ -179,7 +189,7 @@ class FakeGateway:
     async def _answer(
         self, request: web.Request, response: web.StreamResponse, parts: tuple[Part, ...]
     ) -> web.StreamResponse:
-        position = 12
+        position, finish = 12, "stop"
         for part in parts:
             match part:
                 case Say():
@@ -198,13 +208,15 @@ class FakeGateway:
                 case Fail():
                     await _send(response, _error(part.message))
                     return response
+                case Cut():
+                    finish = "length"
                 case Drop():
                     assert request.transport is not None
                     request.transport.abort()
                     return response
                 case Refuse():
                     raise AssertionError("an answer that began cannot be refused")
-        await _send(response, _chunk("", finish="stop"))
+        await _send(response, _chunk("", finish=finish))
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -12,7 +12,7 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 
 from tests.harness.chromium import visit
-from tests.harness.fake_gateway import Drop, Fail, FakeGateway, Refuse, Reroute, Say, Wait
+from tests.harness.fake_gateway import Cut, Drop, Fail, FakeGateway, Refuse, Reroute, Say, Wait
 from tests.harness.fake_swarm import FakeSwarm
 from tests.harness.hostile_answers import HOSTILE
 from tests.page.chatting import ask, open_page, sideways
@@ -94,6 +94,38 @@ async def test_the_true_gateway_serves_this_page(browser: Browser, tmp_path: Pat
         assert (seen.errors, seen.foreign, await seen.violations()) == ([], [], [])
 
 
+async def test_a_gateway_with_keys_asks_for_one_until_it_is_right(browser: Browser, tmp_path: Path) -> None:
+    swarm = FakeSwarm()
+    swarm.serve("petal", ann=(0, 4))
+    settings = GatewaySettings(data_dir=tmp_path, api_keys=("sk-right",))
+    async with Gateway(settings, swarm) as gateway, visit(browser, gateway.url.rstrip("/")) as seen:
+        page = seen.page
+        answer = await ask(page, "Hi")
+        dialog = page.get_by_role("dialog", name="This gateway asks for a key")
+        await expect(dialog).to_be_visible()
+        await page.get_by_label("Key of this gateway").fill("sk-wrong")
+        await page.keyboard.press("Enter")
+        await expect(dialog).to_contain_text("The gateway does not know that key.")
+        await page.keyboard.press("Escape")
+        await expect(answer).to_contain_text("this gateway asks for a key")
+
+        swarm.say("Welcome.")
+        await answer.get_by_role("button", name="Try again").click()
+        await page.get_by_label("Key of this gateway").fill("sk-right")
+        await page.get_by_role("button", name="Use this key").click()
+        await expect(page.locator("article.answer .text").last).to_have_text("Welcome.", timeout=20_000)
+
+        # It is kept, until the reader has it forgotten.
+        await page.reload()
+        swarm.say("Again.")
+        await expect(page.locator("article.answer .text").last).to_have_text("Welcome.")
+        await expect((await ask(page, "Hi")).locator(".text")).to_have_text("Again.")
+        await page.get_by_role("button", name="Settings").click()
+        await page.get_by_role("button", name="Forget the key").click()
+        assert await page.evaluate("localStorage.getItem('corolla-key')") is None
+        assert await seen.violations() == []
+
+
 async def test_code_can_be_copied(browser: Browser, gateway: FakeGateway) -> None:
     gateway.script(Say(MARKDOWN))
     async with open_page(browser, gateway, permissions=["clipboard-read", "clipboard-write"]) as seen:
@@ -122,6 +154,48 @@ async def test_stopping_keeps_the_words_and_frees_the_swarm(
     await expect(answer).to_contain_text("Stopped")
     await expect(answer).to_contain_text("So far")
     await expect(page.get_by_label("Message to the swarm")).to_be_focused()
+
+
+async def test_an_answer_that_was_cut_short_goes_on_in_its_place(page: Page, gateway: FakeGateway) -> None:
+    gateway.script(Say("Petals are **lay"), Cut())
+    answer = await ask(page, "What are petals?")
+    await expect(answer).to_contain_text("Reached its longest")
+    gateway.script(Say("ers** of a "), Fail("eve left and nobody took over"))
+    await answer.get_by_role("button", name="Continue").click()
+    await expect(answer).to_contain_text("eve left and nobody took over")
+    await expect(answer.locator(".text strong")).to_have_text("layers")
+    gateway.script(Say(" flower."))
+    await answer.get_by_role("button", name="Continue").click()
+
+    await expect(answer.locator(".text")).to_have_text("Petals are layers of a flower.")
+    await expect(answer).not_to_contain_text("eve left")
+    await expect(answer.get_by_role("button", name="Continue")).to_have_count(0)
+    await expect(page.locator("article.answer")).to_have_count(1)
+    assert "continue_final_message" not in gateway.asked[0]
+    assert [asked.get("continue_final_message") for asked in gateway.asked[1:]] == [True, True]
+    assert [asked["messages"][-1] for asked in gateway.asked[1:]] == [
+        {"role": "assistant", "content": "Petals are **lay"},
+        {"role": "assistant", "content": "Petals are **layers** of a"},
+    ]
+
+
+async def test_a_stopped_answer_goes_on_and_is_read_out_once(page: Page, gateway: FakeGateway) -> None:
+    gateway.script(Say("One two."), Wait(asyncio.Event()))
+    answer = await ask(page, "Count")
+    await expect(answer).to_contain_text("One two.")
+    await page.keyboard.press("Escape")
+    gateway.script(Say(" Three four."))
+    await answer.get_by_role("button", name="Continue").click()
+    await expect(answer.locator(".text")).to_have_text("One two. Three four.")
+    # Later questions see one answer, and an answer that nothing was said of is not sent at all.
+    gateway.script(Say("Five."))
+    await ask(page, "And then?")
+    await send_button_is_back(page)
+    assert [message["content"] for message in gateway.asked[-1]["messages"]] == [
+        "Count",
+        "One two. Three four.",
+        "And then?",
+    ]
 
 
 async def test_enter_sends_but_not_with_shift_nor_while_composing(page: Page, gateway: FakeGateway) -> None:

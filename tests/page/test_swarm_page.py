@@ -62,6 +62,44 @@ async def test_the_table_tells_of_each_peer(page: Page, gateway: FakeGateway) ->
     await expect(page.locator(".peer-table tr[data-peer=eve] .path")).to_have_text("direct")
 
 
+async def test_the_last_hour_is_drawn_and_said(page: Page, gateway: FakeGateway) -> None:
+    artefact = gateway._view["models"][0]["artefact"]
+    at = [1000.0 + 15 * number for number in range(41)]
+    gateway.history[artefact] = {
+        "at": at,
+        "peers": [3] * 20 + [2] * 10 + [4] * 11,
+        "sessions": [number % 5 for number in range(41)],
+        "tokens_per_s": [1200] * 41,
+        "kv_tokens_free": [20_000 - 100 * number for number in range(41)],
+    }
+    await open_swarm(page)
+    line = page.get_by_role("img", name="Peers: 4 now; between 2 and 4 in the last 10 minutes")
+    await expect(line).to_be_visible()
+    path = await line.locator("path").get_attribute("d") or ""
+    # A step down and two up: later is further right, more is further up.
+    heights = [float(height) for height in re.findall(r"V?(?:M0 )?(\d+\.\d)(?=H|$)", path)]
+    assert heights[0] == heights[19] and heights[20] > heights[19] > heights[-1]
+    await expect(page.locator(".chart figcaption b")).to_have_text(["4", "0", "1,200", "16k"])
+    assert await sideways(page) == []
+
+
+async def test_before_there_is_an_hour_it_says_so(page: Page) -> None:
+    await open_swarm(page)
+    await expect(page.locator(".swarm-page")).to_contain_text(
+        "The lines begin half a minute after the gateway did."
+    )
+
+
+async def test_what_only_a_relay_reaches_is_told_with_the_reason(page: Page, gateway: FakeGateway) -> None:
+    await open_swarm(page)
+    reach = page.locator(".reach")
+    await expect(reach.locator("summary")).to_have_text(
+        "1 of 3 are reached through a relay, which is slower: see why"
+    )
+    await reach.locator("summary").click()
+    await expect(reach.locator("li")).to_have_text([f"bob: {gateway.path_words['bob']}"])
+
+
 async def test_each_system_has_its_command(page: Page) -> None:
     await open_swarm(page)
     command = page.locator(".lending .command code").first

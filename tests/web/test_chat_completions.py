@@ -623,3 +623,30 @@ async def test_the_official_client_closes_a_stream(client: openai.AsyncOpenAI, s
     await anext(aiter(stream))
     await stream.close()
     await asyncio.wait_for(swarm.ended.wait(), 5)
+
+
+@pytest.mark.parametrize(
+    ("last", "fields", "param"),
+    [
+        ({"role": "user", "content": "Hi"}, {}, "continue_final_message"),
+        ({"role": "assistant", "content": " "}, {}, "continue_final_message"),
+        ({"role": "assistant", "content": "So"}, {"tool_choice": "required"}, "continue_final_message"),
+        (
+            {"role": "assistant", "content": "So"},
+            {"response_format": {"type": "json_object"}},
+            "continue_final_message",
+        ),
+        ({"role": "assistant", "content": "So"}, {"add_generation_prompt": True}, "add_generation_prompt"),
+    ],
+)
+async def test_what_cannot_go_on_is_refused(
+    http: aiohttp.ClientSession, last: dict[str, Any], fields: dict[str, Any], param: str
+) -> None:
+    asked = chat(messages=[{"role": "user", "content": "Hi"}, last], continue_final_message=True, **fields)
+    status, error = await error_of(http, asked)
+    assert (status, error["param"]) == (400, param)
+
+
+async def test_a_prompt_without_an_answer_is_refused(http: aiohttp.ClientSession) -> None:
+    status, error = await error_of(http, chat(add_generation_prompt=False))
+    assert (status, error["param"]) == (400, "add_generation_prompt")

@@ -85,3 +85,25 @@ async def test_what_the_api_tells_is_what_the_unsplit_model_says(
         )
         assert answer["choices"][0]["finish_reason"] == "stop"
         jsonschema.validate(json.loads(answer["choices"][0]["message"]["content"]), SCHEMA)
+
+
+async def test_an_answer_that_goes_on_is_the_one_that_was_not_cut(
+    asked: tuple[aiohttp.ClientSession, Swarm],
+) -> None:
+    http, _ = asked
+    question = {"role": "user", "content": "What is Corolla?"}
+
+    async def answer(count: int, *more: Json, **fields: Any) -> Json:  # noqa: ANN401
+        wishes = {"temperature": 0, "max_tokens": count, **fields}
+        said = await post(http, "/v1/chat/completions", messages=[question, *more], **wishes)
+        choice: Json = said["choices"][0]
+        return choice
+
+    whole = await answer(400)
+    first = await answer(9)
+    assert first["finish_reason"] == "length"
+    said = first["message"]["content"].rstrip()
+    rest = await answer(400, {"role": "assistant", "content": said}, continue_final_message=True)
+
+    assert said + rest["message"]["content"] == whole["message"]["content"]
+    assert rest["finish_reason"] == "stop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, assert_never
 from urllib.parse import quote
 
@@ -14,6 +15,7 @@ from shared.client.directory import ServedModel
 from shared.client.session import Request, Rerouted
 from shared.identity import PeerId
 from shared.spans import Span
+from web.call_forms import HERMES, CallForm, Types, types_of
 from web.chat import AnswerEvent, Ended, FinishReason, PromptScored, Said, TokenTrace, answer
 from web.line import Waiting, WaitingLines
 from web.logprobs import TokenText
@@ -24,7 +26,7 @@ from web.openai.requests import ChatRequest, NamedTool, Tool, sampling_of, sampl
 from web.openai.tools import Argued, Called, CallReader, Piece
 from web.route_view import reroute_view, tokens_view
 from web.swarm import Swarm
-from web.tokenizer import CALL_BEGINS, CALL_ENDS, ModelTokenizer
+from web.tokenizer import ModelTokenizer
 from web.tokenizer_cache import TokenizerCache
 
 Json = dict[str, Any]
@@ -55,9 +57,15 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     request: Request
     stops: Sequence[str] = ()
     choices: int = 1
-    reads_calls: bool = False
+    form: CallForm | None = None
+    """How calls of tools are written in the answer; None when none are read there."""
+    types: Types = {}
     forced: Forced = Forced()
     warnings: Sequence[str] = ()
+
+    @property
+    def reads_calls(self) -> bool:
+        return self.form is not None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -90,7 +98,10 @@ class Asker:
         forced = await _forced(asked, tools)
         grammar = forced.grammar or await grammar_of_format(asked.response_format)
         prompt = await asyncio.to_thread(
-            tokenizer.render, messages, msgspec.to_builtins(tools), forced.opening
+            partial(tokenizer.render, goes_on=asked.goes_on),
+            messages,
+            msgspec.to_builtins(tools),
+            forced.opening,
         )
         request = Request(
             artefact=model.artefact,
@@ -105,7 +116,9 @@ class Asker:
             sampling=sampling_of(asked, tokenizer.sampling, grammar=grammar, likelihoods=asked.likelihoods),
             stop_tokens=tokenizer.stop_tokens,
         )
-        reads_calls = bool(forced.opening) or (bool(tools) and tokenizer.calls_tools and not grammar)
+        # A forced call is written in the form of Hermes, whatever the model was taught.
+        taught = tokenizer.call_form if tools and not grammar else None
+        form = HERMES if forced.opening else taught
         return Question(
             user=user,
             model=model,
@@ -113,9 +126,10 @@ class Asker:
             request=request,
             stops=[*asked.stops, *prompt.stops],
             choices=asked.n or 1,
-            reads_calls=reads_calls,
+            form=form,
+            types=types_of(msgspec.to_builtins(tools)) if form else {},
             forced=forced,
-            warnings=_warnings(asked, tools, tokenizer, reads_calls=reads_calls),
+            warnings=_warnings(asked, tools, tokenizer, reads_calls=form is not None),
         )
 
     def answer(self, question: Question, choice: int = 0) -> AsyncGenerator[AnswerEvent, None]:
@@ -138,11 +152,11 @@ class Asker:
 
     async def _chat(self, question: Question, choice: int) -> AsyncGenerator[ChatEvent, None]:
         async with aclosing(self.answer(question, choice)) as events:
-            if not question.reads_calls:
+            if question.form is None:
                 async for event in events:
                     yield event
                 return
-            reader, forced = CallReader(), question.forced
+            reader, forced = CallReader(question.form, question.types), question.forced
             opening = forced.opening
             async for event in events:
                 match event:
@@ -223,12 +237,12 @@ async def _forced(asked: ChatRequest, tools: Sequence[Tool]) -> Forced:
                 )
             grammar = await grammar_of_schema(parameters_of(named[0]), "tools")
             name = msgspec.json.encode(wanted.name).decode()
-            opening = f'{CALL_BEGINS}\n{{"name": {name}, "arguments": '
-            return Forced(grammar, opening, f"}}\n{CALL_ENDS}")
+            opening = f'{HERMES.begins}\n{{"name": {name}, "arguments": '
+            return Forced(grammar, opening, f"}}\n{HERMES.ends}")
         case "required":
             if not tools:
                 raise bad_request("tool_choice: it is required, but there are no tools", "tool_choice")
-            return Forced(await grammar_of_call(tools), f"{CALL_BEGINS}\n", f"\n{CALL_ENDS}")
+            return Forced(await grammar_of_call(tools), f"{HERMES.begins}\n", f"\n{HERMES.ends}")
         case _:
             return Forced()
 
@@ -239,7 +253,7 @@ def _warnings(
     warnings: list[str] = []
     if tools and not tokenizer.takes_tools:
         warnings.append("this model's chat template knows no tools: they were left out")
-    elif tools and not tokenizer.calls_tools:
+    elif tools and tokenizer.call_form is None:
         warnings.append("this model calls tools in a form that is not read here: calls come as text")
     elif tools and not reads_calls:
         warnings.append("with this response_format no tools are called")

@@ -26,7 +26,7 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-READS = ("/v1/models", "/v1/models/{id}", "/tokenizer_info", "/healthz", "/api/swarm")
+READS = ("/v1/models", "/v1/models/{id}", "/tokenizer_info", "/healthz", "/api/swarm", "/api/history")
 
 
 def openapi() -> Json:

@@ -155,6 +155,13 @@ class ChatRequest(AnswerRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LIKELIEST)] | None = None
     response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """Go on with the assistant's last message, as vLLM calls it, instead of beginning another one."""
+
+    @property
+    def goes_on(self) -> bool:
+        return bool(self.continue_final_message)
 
     @property
     def likelihoods(self) -> int | None:
@@ -191,7 +198,34 @@ def read_chat(body: dict[str, Any]) -> tuple[ChatRequest, list[dict[str, Any]]]:
     request = read_struct(body, ChatRequest)
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_request("top_logprobs: they come with logprobs, so set logprobs to true", "top_logprobs")
-    return request, read_messages(request.messages)
+    messages = read_messages(request.messages)
+    _check_going_on(request, messages[-1])
+    return request, messages
+
+
+def _check_going_on(request: ChatRequest, last: dict[str, Any]) -> None:
+    """Whether an answer can begin where the request wants it to. Raises ApiError."""
+    field = "continue_final_message"
+    if request.add_generation_prompt is not None and request.add_generation_prompt == request.goes_on:
+        raise bad_request(
+            "add_generation_prompt: it is false with continue_final_message and true without; leave it out",
+            "add_generation_prompt",
+        )
+    if not request.goes_on:
+        return
+    if last["role"] != "assistant" or not last["content"].strip() or "tool_calls" in last:
+        raise bad_request(
+            f"{field}: the last message must be an assistant's, with text to go on from and no tool calls",
+            field,
+        )
+    if request.tool_choice not in (None, "none", "auto"):
+        raise bad_request(
+            f"{field}: a forced tool begins a message of its own, so leave one of them out", field
+        )
+    if request.response_format is not None and request.response_format.type != "text":
+        raise bad_request(
+            f"{field}: half of an answer cannot follow a response_format, so leave it out", field
+        )
 
 
 def read_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Calls of tools in what a model writes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
+"""Calls of tools in what a model writes, in any of the forms of `web/call_forms.py`.
 
-Text goes in piece by piece; text, and calls with their arguments as they grow, come out. Pure.
+Text goes in piece by piece; text and calls come out, arguments in the form of Hermes as they grow. Pure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from web.tokenizer import CALL_BEGINS, CALL_ENDS
+from web.call_forms import HERMES, CallForm, Types, WrittenCall
 
 HEAD = re.compile(
     r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)', re.DOTALL
@@ -41,10 +41,15 @@ Piece = str | Called | Argued
 class CallReader:
     """Give it an answer in pieces; it tells text and calls as soon as they are certain."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: CallForm = HERMES, types: Types | None = None) -> None:
         self.calls = 0
+        self._form = form
+        self._types = types or {}
         self._state: Literal["text", "head", "arguments", "tail"] = "text"
         self._held = ""
+        self._said = False
+        self._bare = False
+        """The call began without its mark."""
         self._space = ""
         """White space that is told only if text follows it."""
         self._arguments = _Scanner()
@@ -70,7 +75,8 @@ class CallReader:
         """The answer is over: what looked like the beginning of a call was text after all."""
         told: list[Piece] = []
         if self._state == "head":
-            told += self._read_whole(self._held) or self._say(CALL_BEGINS + self._held)
+            mark = "" if self._bare else self._form.begins
+            told += self._read_whole(self._held) or self._say(mark + self._held)
         elif self._state == "text":
             told += self._say(self._held)
             if not self.calls and self._space:
@@ -79,13 +85,15 @@ class CallReader:
         return told
 
     def _read_text(self) -> list[Piece]:
-        before, mark, after = self._held.partition(CALL_BEGINS)
+        before, mark, after = self._held.partition(self._form.begins)
+        if self._form.bare and not mark and self._held.lstrip().startswith("{") and not self._said:
+            before, mark, after, self._bare = "", "{", self._held, True
         if mark:
             self._state, self._held = "head", after
             told = self._say(before)
             self._space = ""
             return told
-        keep = _beginning_of(CALL_BEGINS, self._held)
+        keep = _beginning_of(self._form.begins, self._held)
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return self._say(text)
@@ -94,10 +102,11 @@ class CallReader:
         text = self._space + text
         said = text.rstrip()
         self._space = text[len(said) :]
+        self._said = self._said or bool(said)
         return [said] if said else []
 
     def _read_head(self) -> list[Piece]:
-        if found := HEAD.match(self._held):
+        if self._form is HERMES and (found := HEAD.match(self._held)):
             try:
                 name = json.loads(found[1], strict=False)
             except ValueError:
@@ -105,11 +114,13 @@ class CallReader:
             self._state, self._held = "arguments", self._held[found.end() :]
             self._arguments = _Scanner()
             return [self._call(name)]
-        body, mark, after = self._held.partition(CALL_ENDS)
+        if not self._form.ends:
+            return []
+        body, mark, after = self._held.partition(self._form.ends)
         if not mark:
             return []
         self._state, self._held = "text", after
-        return self._read_whole(body) or self._say(f"{CALL_BEGINS}{body}{CALL_ENDS}")
+        return self._read_whole(body) or self._say(f"{self._form.begins}{body}{self._form.ends}")
 
     def _read_arguments(self) -> list[Piece]:
         count = self._arguments.count(self._held)
@@ -119,23 +130,17 @@ class CallReader:
         return [Argued(self.calls - 1, text)] if text else []
 
     def _read_tail(self) -> None:
-        _, mark, after = self._held.partition(CALL_ENDS)
+        _, mark, after = self._held.partition(self._form.ends)
         if mark:
             self._state, self._held = "text", after
 
     def _read_whole(self, body: str) -> list[Piece]:
-        """A call whose parts come in another order; nothing when it is none."""
-        try:
-            call = json.loads(body, strict=False)
-            name = call["name"]
-            arguments = call.get("arguments", call.get("parameters", {}))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return []
-        if not isinstance(name, str):
-            return []
-        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        begun = self._call(name)
-        return [begun, Argued(begun.index, text)]
+        """The calls in a body that is there as a whole; nothing when there are none."""
+        return [piece for call in self._form.read(body, self._types) for piece in self._whole(call)]
+
+    def _whole(self, call: WrittenCall) -> list[Piece]:
+        begun = self._call(call.name)
+        return [begun, Argued(begun.index, call.arguments)]
 
     def _call(self, name: str) -> Called:
         self.calls += 1

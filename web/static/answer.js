@@ -1,7 +1,8 @@
 // Asking, stopping, asking again: one answer at a time, from the first chunk to its end.
 import { computed, signal } from "@preact/signals";
-import { streamAnswer, AskFailed } from "./completions.js";
+import { streamAnswer, AskFailed, KeyNeeded } from "./completions.js";
 import { Conversation, Message, beginConversation, conversation } from "./conversations.js";
+import { apiKey, askForKey } from "./key.js";
 import { RouteRecord } from "./route.js";
 import { preamble, wishes } from "./settings.js";
 import { chosenModel, lookAgain } from "./swarm.js";
@@ -41,6 +42,27 @@ export function askInstead(message, question) {
   return answerLeaf(conversation.peek(), model.id);
 }
 
+/**
+ * Go on with an answer that was cut short, in its own place.
+ * @param {Message} message
+ */
+export function goOn(message) {
+  const model = chosenModel.peek();
+  if (answering.peek() || !model || !canGoOn(message)) return;
+  // Most chat templates drop spaces at the end, and the model writes its own.
+  message.content.value = message.content.peek().trimEnd();
+  message.error.value = "";
+  message.place.value = 0;
+  message.state.value = "waiting";
+  message.rounds.value += 1;
+  return hear(conversation.peek(), model.id, message, { continue_final_message: true });
+}
+
+/** Whether an answer ended before its end. @param {Message} message */
+export function canGoOn(message) {
+  return ["cut", "stopped", "failed"].includes(message.state.value) && message.content.value.trim() !== "";
+}
+
 /** End the answer that is under way; what it said so far stays. */
 export function stop() {
   running.peek()?.abort();
@@ -57,22 +79,55 @@ export function newChat() {
  * @param {string} model
  * @param {string | null} [parent] the question, by default the newest message
  */
-async function answerLeaf(talk, model, parent) {
-  const message = parent === undefined ? talk.add("assistant") : talk.add("assistant", "", parent);
-  const path = talk.path.peek().slice(0, -1);
+function answerLeaf(talk, model, parent) {
+  return hear(talk, model, parent === undefined ? talk.add("assistant") : talk.add("assistant", "", parent));
+}
+
+/**
+ * Fill the newest message with what comes.
+ * @param {Conversation} talk
+ * @param {string} model
+ * @param {Message} message
+ * @param {Record<string, boolean>} more fields of the request
+ */
+async function hear(talk, model, message, more = {}) {
+  const path = talk.path.peek().filter(({ content }) => content.peek());
   const said = [...preamble(), ...path.map(({ role, content }) => ({ role, content: content.peek() }))];
+  const before = message.numbers.peek();
   const abort = new AbortController();
   const record = new RouteRecord();
   running.value = abort;
   try {
-    for await (const chunk of streamAnswer(model, said, wishes(), abort.signal)) take(chunk, message, record);
-    message.state.value = "done";
+    let reason = null;
+    for await (const chunk of withKey(model, said, { ...wishes(), ...more }, abort.signal)) {
+      take(chunk, message, record);
+      reason = chunk.choices[0]?.finish_reason ?? reason;
+    }
+    message.state.value = reason === "length" ? "cut" : "done";
   } catch (error) {
     if (abort.signal.aborted) message.state.value = "stopped";
     else fail(message, error);
   } finally {
-    message.numbers.value = record.end();
+    message.numbers.value = together(before, record.end());
     running.value = null;
+  }
+}
+
+/**
+ * Stream an answer, asking the reader for a key as often as the gateway wants another one.
+ * @param {string} model
+ * @param {{role: string, content: string}[]} said
+ * @param {Record<string, unknown>} fields
+ * @param {AbortSignal} signal
+ */
+async function* withKey(model, said, fields, signal) {
+  for (;;) {
+    const key = apiKey.peek();
+    try {
+      return yield* streamAnswer(model, said, fields, signal, key);
+    } catch (error) {
+      if (!(error instanceof KeyNeeded) || !(await askForKey(key !== ""))) throw error;
+    }
   }
 }
 
@@ -94,6 +149,15 @@ function take(chunk, message, record) {
     message.tokens.push(...chunk.swarm.tokens.map((trace) => ({ end, trace })));
   }
   if (chunk.swarm?.event) record.rerouted(chunk.swarm.event);
+}
+
+/**
+ * What an answer cost that was made in two parts: the newer part's times, and the tokens of both.
+ * @param {import("./route.js").Numbers | null} before
+ * @param {import("./route.js").Numbers | null} now
+ */
+function together(before, now) {
+  return before && now ? { ...now, tokens: before.tokens + now.tokens } : now;
 }
 
 /** @param {Message} message @param {unknown} error */

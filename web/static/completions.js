@@ -30,25 +30,30 @@ import { text } from "./words.js";
 /** The answer failed; the message says why, to people. */
 export class AskFailed extends Error {}
 
+/** The gateway wants a key, or another one. */
+export class KeyNeeded extends AskFailed {}
+
 /**
  * Stream an answer. Throws AskFailed; aborting the signal throws the signal's reason.
  * @param {string} model
  * @param {{role: string, content: string}[]} messages
- * @param {Record<string, number>} wishes how to sample
+ * @param {Record<string, unknown>} wishes how to sample, and other fields
  * @param {AbortSignal} signal
+ * @param {string} key for gateways that ask for one
  * @returns {AsyncGenerator<Chunk>}
  */
-export async function* streamAnswer(model, messages, wishes, signal) {
+export async function* streamAnswer(model, messages, wishes, signal, key = "") {
   const response = await reach(
     () =>
       fetch("/v1/chat/completions", {
         method: "POST",
-        headers: { "Content-Type": "application/json" },
+        headers: { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) },
         body: JSON.stringify({ model, messages, ...wishes, stream: true, swarm: { route: true } }),
         signal,
       }),
     signal,
   );
+  if (response.status === 401) throw new KeyNeeded(await refusal(response));
   if (!response.ok || !response.body) throw new AskFailed(await refusal(response));
   for await (const data of readEvents(response.body, signal)) {
     if (data === "[DONE]") return;

@@ -2,7 +2,7 @@
 import { effect, useComputed } from "@preact/signals";
 import { useEffect, useRef, useState } from "preact/hooks";
 import { announce, sentenceEnd } from "./announcer.js";
-import { answering, askInstead, tryAgain } from "./answer.js";
+import { answering, askInstead, canGoOn, goOn, tryAgain } from "./answer.js";
 import { send } from "./composer.js";
 import { conversation } from "./conversations.js";
 import { CopyButton } from "./copy.js";
@@ -124,11 +124,11 @@ function Branches({ message }) {
 /** @param {{message: Message}} props */
 function Answer({ message }) {
   const state = message.state.value;
-  const live = state === "waiting" || state === "streaming";
+  const live = isLive(state);
   return html`<article class="answer ${state}" aria-label="Answer" aria-busy=${live}>
     ${state === "waiting" &&
     html`<p class="reading"><span class="budding" aria-hidden="true"><i /><i /><i /></span>${message.place.value ? text.inLine(message.place.value) : text.reading}</p>`}
-    <${AnswerText} message=${message} />
+    <${AnswerText} key=${message.rounds.value} message=${message} />
     <${Ending} message=${message} />
   </article>`;
 }
@@ -140,7 +140,7 @@ function AnswerText({ message }) {
     const markdown = new GrowingMarkdown(/** @type {HTMLElement} */ (home.current));
     const endDrawing = effect(() => {
       const state = message.state.value;
-      markdown.show(message.content.value, state !== "waiting" && state !== "streaming");
+      markdown.show(message.content.value, !isLive(state));
     });
     const endReading = readAloud(message);
     const endPointing = followPointer(message, /** @type {HTMLElement} */ (home.current));
@@ -154,9 +154,15 @@ function AnswerText({ message }) {
   return html`<div class="text" ref=${home} data-message=${message.id} />`;
 }
 
+/** @param {import("./conversations.js").AnswerState} state */
+function isLive(state) {
+  return state === "waiting" || state === "streaming";
+}
+
 /** Announce finished sentences once a second, and the rest at the end. @param {Message} message */
 function readAloud(message) {
-  let said = 0;
+  let said = message.content.peek().length;
+  if (!isLive(message.state.peek())) return () => {};
   const speak = (/** @type {number} */ end) => {
     if (end > said) announce(plain(message.content.peek().slice(said, end)));
     said = end;
@@ -164,7 +170,7 @@ function readAloud(message) {
   const timer = setInterval(() => speak(sentenceEnd(message.content.peek(), said)), SPEAK_EVERY_MS);
   const endWatch = effect(() => {
     const state = message.state.value;
-    if (state === "waiting" || state === "streaming") return;
+    if (isLive(state)) return;
     clearInterval(timer);
     speak(message.content.peek().length);
     if (state === "stopped") announce(text.stopped);
@@ -185,7 +191,7 @@ function plain(source) {
 function Ending({ message }) {
   const state = message.state.value;
   const numbers = useComputed(() => summary(message)).value;
-  if (state === "waiting" || state === "streaming") return null;
+  if (isLive(state)) return null;
   const last = conversation.value.path.value.at(-1) === message;
   const broken = state === "failed" || state === "stopped";
   return html`
@@ -193,12 +199,16 @@ function Ending({ message }) {
     html`<p class="failure"><strong>${failure(message)}:</strong> ${message.error.value}</p>`}
     <footer>
       ${state === "stopped" && html`<span>${text.stopped}</span>`}
+      ${state === "cut" && html`<span>${text.cut}</span>`}
       ${numbers && html`<span>${numbers}</span>`}
       <${ContextMeter} message=${message} />
       <${Branches} message=${message} />
       <${CopyButton} text=${() => message.content.peek()} what="the answer" />
+      ${last &&
+      canGoOn(message) &&
+      html`<button type="button" class="quiet again" onClick=${() => goOn(message)}>${text.goOn}</button>`}
       ${(broken || last) &&
-      html`<button type="button" class="quiet ${broken ? "again" : ""}" onClick=${() => tryAgain(message)}>${text.tryAgain}</button>`}
+      html`<button type="button" class="quiet ${broken && !canGoOn(message) ? "again" : ""}" onClick=${() => tryAgain(message)}>${text.tryAgain}</button>`}
     </footer>
   `;
 }

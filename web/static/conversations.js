@@ -4,7 +4,7 @@ import { computed, signal } from "@preact/signals";
 import { text } from "./words.js";
 
 /** @typedef {import("./route.js").Numbers} Numbers */
-/** @typedef {"waiting" | "streaming" | "done" | "stopped" | "failed"} AnswerState */
+/** @typedef {"waiting" | "streaming" | "done" | "cut" | "stopped" | "failed"} AnswerState `cut`: at its longest */
 /**
  * @typedef {object} MessageRecord a message as it is kept
  * @property {string} id
@@ -46,6 +46,8 @@ export class Message {
     this.content = signal(content);
     this.state = signal(/** @type {AnswerState} */ (role === "user" ? "done" : "waiting"));
     this.error = signal("");
+    /** How often it was gone on with after it had ended. */
+    this.rounds = signal(0);
     /** Its place in the line while the swarm is full; 0 when it does not wait there. */
     this.place = signal(0);
     this.numbers = signal(/** @type {Numbers | null} */ (null));

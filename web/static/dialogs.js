@@ -1,6 +1,7 @@
 // Two dialogs over the page: the settings, and the list of shortcuts.
 import { createRef } from "preact";
 import { html } from "./html.js";
+import { apiKey, keepKey } from "./key.js";
 import { LIMITS, reset, set, setTheme, settings, theme } from "./settings.js";
 import { text } from "./words.js";
 
@@ -65,6 +66,7 @@ export function Settings() {
         <${NumberField} name="max_tokens" said=${text.maxTokens} about=${text.aboutMaxTokens} />
         <${NumberField} name="seed" said=${text.seed} about=${text.aboutSeed} />
         <${StopField} />
+        ${apiKey.value && html`<${KeyField} />`}
       </div>
       <fieldset class="themes">
         <legend>${text.theme}</legend>
@@ -115,6 +117,14 @@ function StopField() {
       onInput=${(/** @type {any} */ event) => set({ stop: event.target.value })}
     />
     <small id="about-stop">${text.aboutStopTexts}</small>
+  </div>`;
+}
+
+function KeyField() {
+  return html`<div class="field">
+    <span>${text.key}</span>
+    <button type="button" class="soft" onClick=${() => keepKey("")}>${text.keyForget}</button>
+    <small>${text.aboutKey}</small>
   </div>`;
 }
 

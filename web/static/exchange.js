@@ -76,7 +76,7 @@ function messageFrom(value, ids) {
   if (!sound || parent === undefined || typeof value.id !== "string") throw new ImportFailed(text.damaged);
   const id = newId();
   ids.set(value.id, id);
-  const state = ["done", "stopped", "failed"].includes(value.state) ? value.state : "stopped";
+  const state = ["done", "cut", "stopped", "failed"].includes(value.state) ? value.state : "stopped";
   const error = typeof value.error === "string" ? value.error : "";
   return { id, parent, role: value.role, content: value.content, state, error, numbers: null };
 }

@@ -8,6 +8,7 @@ import { Settings, SettingsButton, Shortcuts, showSettings, showShortcuts } from
 import { Drawer, DrawerButton, searchChats, startOver, toggleDrawer } from "./drawer.js";
 import { Logo } from "./flower.js";
 import { html } from "./html.js";
+import { KeyDialog } from "./key.js";
 import { Notices } from "./notices.js";
 import { RoutePanel } from "./route_view.js";
 import { chatAddress, startShelf } from "./shelf.js";
@@ -31,6 +32,7 @@ function Page() {
     <${Drawer} />
     <${Settings} />
     <${Shortcuts} />
+    <${KeyDialog} />
     <${Announcer} />
   `;
 }
@@ -92,7 +94,8 @@ function Announcer() {
 
 addEventListener("keydown", (event) => {
   if (event.isComposing) return;
-  if (event.key === "Escape" && answering.peek()) {
+  // In a dialog it closes that.
+  if (event.key === "Escape" && answering.peek() && !document.querySelector("dialog[open]")) {
     event.preventDefault();
     stop();
     focusComposer();

@@ -1,5 +1,6 @@
 // The second view: who holds which layers of a model, what the swarm lacks, and how to lend a machine.
 import { signal } from "@preact/signals";
+import { LastHour } from "./charts.js";
 import { CopyButton } from "./copy.js";
 import { depth } from "./flower.js";
 import { html } from "./html.js";
@@ -43,6 +44,11 @@ function Model({ model }) {
     <section aria-labelledby="peers-title">
       <h3 id="peers-title">${text.peers}</h3>
       <${PeerTable} peers=${model.peers} />
+      <${Reachability} peers=${model.peers} />
+    </section>
+    <section aria-labelledby="hour-title">
+      <h3 id="hour-title">${text.lastHour}</h3>
+      <${LastHour} artefact=${model.artefact} />
     </section>
   `;
 }
@@ -92,6 +98,21 @@ function PeerTable({ peers }) {
       </tbody>
     </table>
   </div>`;
+}
+
+/** Those that only a relay reaches, and why. @param {{peers: Peer[]}} props */
+function Reachability({ peers }) {
+  const dialled = peers.filter(({ path }) => path);
+  const relayed = dialled.filter(({ path }) => path === "relayed");
+  if (!dialled.length) return null;
+  if (!relayed.length) return html`<p class="reach">${text.allDirect}</p>`;
+  return html`<details class="reach">
+    <summary>${text.someRelayed(relayed.length, dialled.length)}</summary>
+    <ul>
+      ${relayed.map(({ peer, name, path_words }) => html`<li key=${peer}><bdi>${name}</bdi>: ${path_words ?? text.noReason}</li>`)}
+    </ul>
+    <p>${text.relayedHint}</p>
+  </details>`;
 }
 
 /** What it would reach alone, through the layers it holds. @param {Peer} peer */

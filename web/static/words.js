@@ -57,6 +57,11 @@ export function lendCommand(relayUrl, model = "", gap) {
   return `python -m peer --relay ${relayUrl}${from}${part}`;
 }
 
+/** A count with few digits. @param {number} value */
+export function rounded(value) {
+  return value < 10_000 ? value.toLocaleString("en") : `${Math.round(value / 1000).toLocaleString("en")}k`;
+}
+
 export const text = {
   you: "you",
   youTitle: "You",
@@ -91,6 +96,7 @@ export const text = {
   send: "Send",
   stop: "Stop",
   tryAgain: "Try again",
+  goOn: "Continue",
   tryNow: "Try now",
   copy: "Copy",
   copied: "Copied",
@@ -137,6 +143,35 @@ export const text = {
   /** @param {number} place */
   inLine: (place) => (place === 1 ? "The swarm is full; you are next" : `The swarm is full; ${place - 1} more before you`),
   stopped: "Stopped",
+  cut: "Reached its longest",
+
+  keyTitle: "This gateway asks for a key",
+  keyWrong: "The gateway does not know that key. Ask its keeper for the right one.",
+  key: "Key of this gateway",
+  aboutKey: "Its keeper gives it to you. It is kept in this browser only.",
+  keyUse: "Use this key",
+  keyForget: "Forget the key",
+
+  lastHour: "The last hour",
+  noHistory: "The lines begin half a minute after the gateway did.",
+  charts: {
+    peers: "Peers",
+    sessions: "Chats under way",
+    tokens_per_s: "Tokens a second, all chats together",
+    kv_tokens_free: "Room for tokens of chats",
+  },
+  /** @param {string} title @param {number} now @param {number} least @param {number} most @param {number} minutes */
+  chartSaid: (title, now, least, most, minutes) =>
+    `${title}: ${rounded(now)} now; between ${rounded(least)} and ${rounded(most)} in the last ${counted(minutes, "minute", "minutes")}`,
+  /** @param {number} minutes */
+  minutesAgo: (minutes) => `${minutes} min ago`,
+  /** @param {number} most */
+  mostWas: (most) => `most: ${rounded(most)}`,
+  allDirect: "This gateway reaches each of them directly.",
+  /** @param {number} relayed @param {number} all */
+  someRelayed: (relayed, all) => `${relayed} of ${all} are reached through a relay, which is slower: see why`,
+  noReason: "no reason is known yet",
+  relayedHint: "Whoever runs such a machine can find out more with: python -m peer doctor",
   failed: "The answer broke off",
   refused: "No answer",
   brokeOff: "the gateway ended the answer before it was complete.",
