@@ -57,7 +57,8 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
     ]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
         raise BadInputs(
-            f"{directory} is no plain LoRA: {', '.join(odd) or config.get('peft_type')} is not served"
+            f"{directory} is no plain LoRA: {', '.join(odd) or config.get('peft_type')} is not served. Merge "
+            "it into the model with PEFT's merge_and_unload and serve that, or train it anew without"
         )
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(directory / WEIGHTS).items():

@@ -14,7 +14,7 @@ from peft import PeftModel
 from tests.peer.model.families import LAYERS, Tiny, random_tokens, tiny
 from tests.peer.remote.room import Room, close, padded, with_deep_prompts
 
-FAMILIES = ["llama", "qwen3", "falcon-7b", "falcon-alibi", "bloom", "mixtral", "gemma3", "gpt2"]
+FAMILIES = ["llama", "qwen3", "falcon-7b", "bloom", "mixtral", "gemma3"]
 PLACES = {
     1: {"ann": (0, LAYERS)},
     2: {"ann": (0, 4), "bob": (4, LAYERS)},
@@ -24,7 +24,11 @@ PLACES = {
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", 1), ("llama", 2), *((family, 3) for family in FAMILIES)],
+    params=[
+        *((family, peers) for family in FAMILIES for peers in PLACES),
+        ("falcon-alibi", 3),
+        ("gpt2", 3),
+    ],
     ids=lambda chosen: f"{chosen[0]}-{chosen[1]}",
 )
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[Tiny, Any]]:

@@ -134,7 +134,9 @@ def test_lora_and_prompt_learn_as_on_the_unsplit_model(crew: Crew, tmp_path: Pat
         theirs = get_peft_model(whole_model(), tuning)
         theirs.prompt_encoder["default"].embedding.weight.data.copy_(prompt.detach())
         job = Job(remote, {"prompt": prompt}, plan("prompt", 5e-2, len(found)))
-        job.run(found, None, 1000)
+        before = remote.layers.swarm.chain.rerouted
+        run_with_kills(crew, job, found, {2: ("bob-too", "2:4"), 6: ("ann-too", "0:2")})
+        assert remote.layers.swarm.chain.rerouted > before
         learning = {name: one for name, one in theirs.named_parameters() if one.requires_grad}
         unsplit = Job(theirs, learning, plan("prompt", 5e-2, len(found)))
         unsplit.run(found, None, 1000)
