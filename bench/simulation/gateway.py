@@ -7,7 +7,7 @@ its own sessions, and round trips to those peers alone that it has a channel to.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -131,7 +131,9 @@ class Gateway:
         tokens = asking.prompt + asking.new
         layers, salt = self.swarm.layers, asking.session
 
-        def plan(survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
+        def plan(
+            survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+        ) -> list[RouteSpan]:
             candidates = self.candidates(avoid)
             if self.swarm.petals:
                 return petals.route(candidates, layers, tokens)
@@ -143,7 +145,7 @@ class Gateway:
                     pass
             replay = len(asking.machine.tokens) if avoid else 0
             return fill_route(
-                survivors, candidates, layers, model="m", tokens=tokens, salt=salt, replay=replay
+                survivors, candidates, layers, model="m", tokens=tokens, salt=salt, replay=replay, held=held
             )
 
         def spare(entry: RouteSpan, avoid: frozenset[PeerId]) -> PeerId | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from types import MappingProxyType
 
 import msgspec
 
@@ -25,6 +26,7 @@ WAIT = 4.0
 In simulations with 128 and 512 sessions, 4 carried most."""
 PATIENCE = 16
 """A pause for a replay weighs as much as the same time spread over so many tokens."""
+NOTHING_HELD: Mapping[PeerId, int] = MappingProxyType({})
 CROWD = 0.13
 """By how much one more session slows a peer's passes: four in one pass took 1.38 times as long as one."""
 
@@ -44,19 +46,28 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_route(
-    candidates: Sequence[Candidate], wanted: Span, *, model: str, tokens: int, salt: str, replay: int = 0
+    candidates: Sequence[Candidate],
+    wanted: Span,
+    *,
+    model: str,
+    tokens: int,
+    salt: str,
+    replay: int = 0,
+    held: Mapping[PeerId, int] = NOTHING_HELD,
 ) -> list[RouteSpan]:
     """The cheapest run of spans that covers `wanted`: few hops, fast peers; each peer at most once.
 
-    `replay` is how many positions a peer has to catch up with before the session goes on. `tokens` is the KV
-    room that every hop must have. `salt` (the session's id) spreads sessions over peers that cost the same.
+    `replay` is how many positions a peer has to catch up with before the session goes on, less those that it
+    holds already by `held`; such a peer has room. `tokens` is the KV room that every other one must have.
+    `salt` (the session's id) spreads sessions over peers that cost the same.
     Raises NoRoute naming the layers nobody serves, or Busy when only room is missing.
     """
-    roomy = [candidate for candidate in candidates if candidate.kv_tokens_free >= tokens]
-    route = _cheapest(roomy, wanted, salt, replay)
+    missing = {peer: max(0, replay - positions) for peer, positions in held.items()}
+    roomy = [each for each in candidates if each.kv_tokens_free >= tokens or each.peer in held]
+    route = _cheapest(roomy, wanted, salt, replay, missing)
     if route is not None:
         return route
-    if _cheapest(candidates, wanted, salt, replay) is not None:
+    if _cheapest(candidates, wanted, salt, replay, missing) is not None:
         raise Busy(f"every peer of {model} is full; try again in {BUSY_RETRY_S:.0f} s", BUSY_RETRY_S)
     raise NoRoute(_missing(candidates, wanted, model))
 
@@ -70,6 +81,7 @@ def fill_route(
     tokens: int,
     salt: str,
     replay: int = 0,
+    held: Mapping[PeerId, int] = NOTHING_HELD,
 ) -> list[RouteSpan]:
     """A whole route that keeps the survivors where possible and fills the rest. Raises like `plan_route`.
 
@@ -83,12 +95,12 @@ def fill_route(
         for gap in gaps(coverage((Span(span.start, span.end) for span in survivors), layer_count)):
             used = {span.peer for span in route}
             free = [candidate for candidate in others if candidate.peer not in used]
-            route += plan_route(free, gap, model=model, tokens=tokens, salt=salt, replay=replay)
+            route += plan_route(free, gap, model=model, tokens=tokens, salt=salt, replay=replay, held=held)
     except (NoRoute, Busy):
         if not survivors:
             raise
         whole = Span(0, layer_count)
-        return plan_route(candidates, whole, model=model, tokens=tokens, salt=salt, replay=replay)
+        return plan_route(candidates, whole, model=model, tokens=tokens, salt=salt, replay=replay, held=held)
     return sorted(route, key=lambda span: span.start)
 
 
@@ -96,7 +108,7 @@ def route_ms(
     route: Sequence[RouteSpan], candidates: Sequence[Candidate], *, tokens: int, salt: str
 ) -> float | None:
     """What a token takes on a given route; None when one of its peers is gone, lacks layers or is full."""
-    prices = dict(zip((each.peer for each in candidates), _prices(candidates, salt, 0), strict=True))
+    prices = dict(zip((each.peer for each in candidates), _prices(candidates, salt, 0, {}), strict=True))
     at_hand = {candidate.peer: candidate for candidate in candidates if candidate.kv_tokens_free >= tokens}
     total = 0.0
     for span in route:
@@ -109,14 +121,18 @@ def route_ms(
 
 
 def _cheapest(
-    candidates: Sequence[Candidate], wanted: Span, salt: str, replay: int
+    candidates: Sequence[Candidate],
+    wanted: Span,
+    salt: str,
+    replay: int,
+    missing: Mapping[PeerId, int],
 ) -> list[RouteSpan] | None:
     """Dynamic programming over layers: the best way to have computed every layer before one.
 
     At each layer a candidate either goes on or is entered from the best way so far, so the work is one
     comparison for each layer that a candidate holds.
     """
-    prices = _prices(candidates, salt, replay)
+    prices = _prices(candidates, salt, replay, missing)
     if len(candidates) > MANY:
         kept = _shortlist(candidates, prices, wanted)
         candidates, prices = [candidates[index] for index in kept], [prices[index] for index in kept]
@@ -200,14 +216,19 @@ def _each_once(route: Sequence[RouteSpan]) -> list[RouteSpan]:
     return kept
 
 
-def _prices(candidates: Sequence[Candidate], salt: str, replay: int) -> list[tuple[float, float]]:
-    """Milliseconds that each candidate costs: for visiting it at all, and for each layer."""
+def _prices(
+    candidates: Sequence[Candidate], salt: str, replay: int, missing: Mapping[PeerId, int]
+) -> list[tuple[float, float]]:
+    """Milliseconds that each candidate costs: for visiting it at all, and for each layer.
+
+    It replays what it lacks by `missing`, or all of it.
+    """
     pace = usual([candidate.ms_per_layer for candidate in candidates], 1.0)
     # An unknown round trip is unknown, not zero: it costs what a hop usually costs.
     link = usual([candidate.rtt_ms for candidate in candidates], 2 * HOP_MS) / 2
-    passes = 1 + replay / PATIENCE
     prices = [_price(candidate, pace, link, salt) for candidate in candidates]
-    return [(fixed, passes * each_layer) for fixed, each_layer in prices]
+    passes = [1 + missing.get(candidate.peer, replay) / PATIENCE for candidate in candidates]
+    return [(fixed, count * each_layer) for (fixed, each_layer), count in zip(prices, passes, strict=True)]
 
 
 def _price(candidate: Candidate, pace: float, usual_link: float, salt: str) -> tuple[float, float]:

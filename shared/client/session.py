@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, assert_never
 
 import msgspec
@@ -59,6 +59,9 @@ WORTH_A_STANDBY = 8
 """For fewer tokens than these to come, nobody is asked to follow."""
 CLOSE = 64
 """A standby that lags behind by fewer positions can take over without a pause that anyone would see."""
+AT_ONCE = 16
+"""A standby that lags behind by fewer positions takes a lost hop's place without a thought. Of one that lags
+more, the planner knows what it holds: a faster peer that replays everything may be the sooner one."""
 LOOK_S = 0.2
 """How long hops may take to tell how far they are."""
 MOST_LOOKS = 5
@@ -161,7 +164,7 @@ class Finish(msgspec.Struct, frozen=True):
 
 Event = Received | PeerLost | Leaving
 Effect = Send | Emit | Finish
-Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId]], list[RouteSpan]]
+Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId], Mapping[PeerId, int]], list[RouteSpan]]
 """Given the spans that survive and the peers to avoid, a whole route. Raises NoRoute or Busy."""
 Spare = Callable[[RouteSpan, frozenset[PeerId]], PeerId | None]
 """Given an entry of the route and the peers to avoid, one that may stand by for it, if there is any."""
@@ -271,7 +274,7 @@ class ClientSession:
 
     def start(self) -> list[Effect]:
         try:
-            self.route = self._plan([], frozenset())
+            self.route = self._plan([], frozenset(), {})
         except CorollaError as error:
             return self._finish(error)
         return self._open()
@@ -733,15 +736,17 @@ class ClientSession:
         else:
             self._refused.add(lost)
         standby = self._standbys.of(gone)
-        if standby is not None and standby.ready:
+        ready = standby is not None and standby.ready
+        if standby is not None and ready and len(self.tokens) - standby.position < AT_ONCE:
             return self._go_by(self._without(lost, standby), lost, "lost", stood_by=True)
         try:
-            route = self._replan(lost)
-        except NoRoute as error:
-            return self._finish(refusal or error)
+            route = self._replan(lost, last_resort=not ready)
         except CorollaError as error:
-            return self._finish(error)
-        return self._go_by(route, lost, "declined" if refusal else "lost")
+            if standby is not None and ready:
+                return self._go_by(self._without(lost, standby), lost, "lost", stood_by=True)
+            return self._finish(refusal or error if isinstance(error, NoRoute) else error)
+        stood_by = standby is not None and ready and standby.entry in route
+        return self._go_by(route, lost, "declined" if refusal else "lost", stood_by=stood_by)
 
     def _count_loss(self, lost: PeerId) -> None:
         """Once lost, a peer is avoided; lost again and again, it is not even the last resort."""
@@ -771,16 +776,17 @@ class ClientSession:
         rerouted = Rerouted(lost, (gone.start, gone.end), route, reason, stood_by)
         return [*closes, Emit(rerouted), *self._open()]
 
-    def _replan(self, lost: PeerId) -> list[RouteSpan]:
+    def _replan(self, lost: PeerId, *, last_resort: bool) -> list[RouteSpan]:
         survivors = [span for span in self.route if span.peer != lost]
+        held = {standby.peer: standby.position for standby in self._standbys if standby.ready}
         try:
-            return self._plan(survivors, frozenset(self._losses) | self._refused)
+            return self._plan(survivors, frozenset(self._losses) | self._refused, held)
         except NoRoute:
             # Perhaps only a link broke: a peer that was lost once and is still announced gets another try.
             twice = frozenset(peer for peer, losses in self._losses.items() if losses > 1)
-            if twice == frozenset(self._losses):
+            if not last_resort or twice == frozenset(self._losses):
                 raise
-            return self._plan(survivors, twice | self._refused)
+            return self._plan(survivors, twice | self._refused, held)
 
     def _finish(self, error: CorollaError | None) -> list[Effect]:
         self._state = "over"

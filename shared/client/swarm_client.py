@@ -165,7 +165,9 @@ class SwarmClient:
         tokens = len(request.prompt) + request.max_new_tokens
         choice = await self._compare(request, tokens, salt)
 
-        def plan(survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
+        def plan(
+            survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+        ) -> list[RouteSpan]:
             first, candidates = self._candidates(request.artefact, avoid, request.adapter)
             layers, model = first.layer_count, first.model
             if not survivors and not avoid:
@@ -173,10 +175,17 @@ class SwarmClient:
                 with contextlib.suppress(NoRoute, Busy):
                     best = fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
                     return self._where_it_began(request, best, candidates, tokens, salt)
-            replay = len(request.prompt) if avoid else 0
+            replay = max(len(request.prompt), *held.values(), 0) if avoid else 0
             try:
                 return fill_route(
-                    survivors, candidates, layers, model=model, tokens=tokens, salt=salt, replay=replay
+                    survivors,
+                    candidates,
+                    layers,
+                    model=model,
+                    tokens=tokens,
+                    salt=salt,
+                    replay=replay,
+                    held=held,
                 )
             except Busy:
                 raise explain(candidates, self._probes.loads(), layers, model, tokens) from None

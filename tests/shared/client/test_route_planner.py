@@ -172,3 +172,17 @@ def test_a_peer_that_could_not_keep_up_is_not_asked_to_stand_by() -> None:
     assert standby((0, 4), [overrun]) is None
     # Where everyone is slow, slow is usual.
     assert standby((0, 4), [peer(name, 0, 8, ms=60.0) for name in ("bob", "eve")]) == "bob"
+
+
+def test_who_holds_most_of_a_session_needs_not_be_the_fastest() -> None:
+    fast = peer("fast", 0, 4, ms=1)
+    slow = peer("slow", 0, 4, ms=4, room=0)
+
+    def chosen(held: int) -> str:
+        [span] = plan_route(
+            [fast, slow], Span(0, 4), model="demo", tokens=10, salt="", replay=400, held={slow.peer: held}
+        )
+        return span.peer
+
+    # 25 passes' worth of a replay at 1 ms; the other one lacks 1, 5 or 10 passes' worth at 4 ms.
+    assert [chosen(400 - lacks) for lacks in (16, 80, 160)] == ["slow", "slow", "fast"]

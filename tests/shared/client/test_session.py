@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+
+import pytest
 
 from shared.client.session import (
     CLOSE,
@@ -61,7 +63,10 @@ class Plan:
     def __init__(self, *tails: PeerId) -> None:
         self.tails = list(tails)
 
-    def __call__(self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
+    def __call__(
+        self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+    ) -> list[RouteSpan]:
+        self.held = dict(held)
         tail = next((peer for peer in self.tails if peer not in avoid), None)
         if tail is None or ANN in avoid:
             raise NoRoute("no live peer serves layers 4–8 of demo")
@@ -192,7 +197,9 @@ def test_a_lost_hop_is_replaced_and_the_last_token_is_fed_again() -> None:
 
 def test_a_lost_first_hop_gets_its_token_ids_replayed_by_the_asker() -> None:
     class AnyFirst(Plan):
-        def __call__(self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId]) -> list[RouteSpan]:
+        def __call__(
+            self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+        ) -> list[RouteSpan]:
             return [RouteSpan(EVE if ANN in avoid else ANN, 0, 4), RouteSpan(BOB, 4, 8)]
 
     machine = session(AnyFirst())
@@ -505,7 +512,7 @@ def test_a_standby_takes_the_place_of_a_lost_hop_and_tells_what_it_holds() -> No
     machine = followed(ZOE, YVES)
     draw(machine, 40)
     ready(machine, ZOE)
-    ready(machine, YVES)
+    ready(machine, YVES, 32)
 
     effects = machine.handle(PeerLost(BOB))
 
@@ -518,6 +525,28 @@ def test_a_standby_takes_the_place_of_a_lost_hop_and_tells_what_it_holds() -> No
     assert held(effects) == [[40, 32]]
     # The other one follows the new epoch once that has shown that it works.
     assert opens(draw(machine, 41)) == [(ZOE, 1, 0, True)]
+
+
+@pytest.mark.parametrize("heir", [EVE, YVES])
+def test_of_a_standby_that_lags_far_behind_the_planner_decides(heir: PeerId) -> None:
+    machine = followed(ZOE, YVES, tails=[BOB, heir])
+    draw(machine, 40)
+    ready(machine, YVES, 20)
+
+    effects = machine.handle(PeerLost(BOB))
+
+    assert machine._plan.held == {YVES: 20}  # type: ignore[attr-defined]
+    [event] = [effect.event for effect in effects if isinstance(effect, Emit)]
+    assert isinstance(event, Rerouted)
+    assert (machine.peers, event.stood_by) == ([ANN, heir], heir == YVES)
+
+
+def test_a_standby_that_lags_is_better_than_nobody() -> None:
+    machine = followed(ZOE, YVES, tails=[BOB])
+    draw(machine, 40)
+    ready(machine, YVES)
+    machine.handle(PeerLost(BOB))
+    assert machine.peers == [ANN, YVES]
 
 
 def test_a_standby_that_has_not_answered_is_no_better_than_any_other() -> None:
