@@ -28,7 +28,7 @@ SOONEST_RETRY_S, LATEST_RETRY_S = 0.2, 2.0
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """The swarm is full; so many are served before, this one counted: 1 is the next."""
+    """The swarm is full; so many are served before, this one counted: 1 is the next, 0 has its turn now."""
 
     place: int
 
@@ -119,12 +119,13 @@ class WaitingLines:
                     async for waiting in places:
                         yield waiting
                 try:
-                    async with aclosing(self._swarm.generate(request, lambda: line.served(visit))) as events:
-                        async for event in events:
+                    events = self._swarm.generate(request, lambda: line.served(visit))
+                    async with aclosing(visit.told_of_its_turn(events)) as told:
+                        async for event in told:
                             yield event
                     return
                 except Busy as busy:
-                    if visit.served:
+                    if visit.turn_came.is_set():
                         raise
                     line.refused(visit, busy)
         finally:
@@ -166,7 +167,7 @@ class _ModelLine:
 
     def served(self, visit: _Visit) -> None:
         """There was room for it: the next one may try."""
-        visit.served = True
+        visit.turn_came.set()
         visit.leave()
         self.stir()
 
@@ -188,14 +189,39 @@ class _Visit:
     """One question, with the ticket that it takes only when it has to."""
 
     def __init__(self, user: str, tickets: Line, deadline: float) -> None:
-        self.served = False
-        """A route had room for it."""
+        self.turn_came = asyncio.Event()
+        """Set when a route had room for it."""
         self.deadline = deadline
         self.busy = Busy("the swarm stayed full; try again later", FULL_LINE_RETRY_S)
         """What to say when patience ends: the swarm's own last words."""
         self._user = user
         self._tickets = tickets
         self._ticket: Ticket | None = None
+
+    async def told_of_its_turn(
+        self, events: AsyncGenerator[Drawn | Rerouted, None]
+    ) -> AsyncGenerator[Drawn | Rerouted | Waiting, None]:
+        """The events, and before the first, if this one stood in line, that its turn has come.
+
+        The first token may take long: until then it would look as if it stood there still.
+        """
+        async with aclosing(events):
+            if self._ticket is not None:
+                first = asyncio.ensure_future(anext(events, None))
+                turn = asyncio.ensure_future(self.turn_came.wait())
+                try:
+                    await asyncio.wait((first, turn), return_when=asyncio.FIRST_COMPLETED)
+                    if self.turn_came.is_set():
+                        yield Waiting(0)
+                    if (event := await first) is not None:
+                        yield event
+                finally:
+                    # The generator can only be closed when nobody is inside.
+                    for task in (first, turn):
+                        task.cancel()
+                    await asyncio.wait((first, turn))
+            async for event in events:
+                yield event
 
     @property
     def place(self) -> int:

@@ -39,6 +39,12 @@ class Wait(Struct, frozen=True):
     until: asyncio.Event
 
 
+class Queue(Struct, frozen=True):
+    """The swarm is full, and this is one's place in line; 0 when the turn has come."""
+
+    place: int
+
+
 class Reroute(Struct, frozen=True):
     """A peer went away and another one took over."""
 
@@ -67,7 +73,7 @@ class Refuse(Struct, frozen=True):
     message: str
 
 
-Part = Say | Wait | Reroute | Fail | Cut | Drop | Refuse
+Part = Say | Wait | Queue | Reroute | Fail | Cut | Drop | Refuse
 
 
 class FakeGateway:
@@ -203,6 +209,8 @@ class FakeGateway:
                         await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
                 case Wait():
                     await part.until.wait()
+                case Queue():
+                    await _send(response, _chunk("", waiting=part.place))
                 case Reroute():
                     await _send(response, _chunk("", event=self._reroute(part)))
                 case Fail():

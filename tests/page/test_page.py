@@ -12,7 +12,7 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 
 from tests.harness.chromium import visit
-from tests.harness.fake_gateway import Cut, Drop, Fail, FakeGateway, Refuse, Reroute, Say, Wait
+from tests.harness.fake_gateway import Cut, Drop, Fail, FakeGateway, Queue, Refuse, Reroute, Say, Wait
 from tests.harness.fake_swarm import FakeSwarm
 from tests.harness.hostile_answers import HOSTILE
 from tests.page.chatting import ask, open_page, sideways
@@ -177,6 +177,17 @@ async def test_an_answer_that_was_cut_short_goes_on_in_its_place(page: Page, gat
         {"role": "assistant", "content": "Petals are **lay"},
         {"role": "assistant", "content": "Petals are **layers** of a"},
     ]
+
+
+async def test_ones_place_in_line_is_said_until_ones_turn_comes(page: Page, gateway: FakeGateway) -> None:
+    turn, spoken = asyncio.Event(), asyncio.Event()
+    gateway.script(Queue(2), Wait(turn), Queue(0), Wait(spoken), Say("Thorns."))
+    answer = await ask(page, "Roses?")
+    await expect(answer.locator(".reading")).to_have_text("The swarm is full; 1 more before you")
+    turn.set()
+    await expect(answer.locator(".reading")).to_have_text("The peers are reading your message")
+    spoken.set()
+    await expect(answer.locator(".text")).to_have_text("Thorns.")
 
 
 async def test_a_stopped_answer_goes_on_and_is_read_out_once(page: Page, gateway: FakeGateway) -> None:

@@ -127,7 +127,27 @@ async def test_questions_are_answered_in_turn_as_room_comes_free() -> None:
 
     assert swarm.asked == ["0", "1", "3", "2"]
     assert places[0] == []
-    assert places[2][-1] == 1 and places[2] == sorted(places[2], reverse=True)
+    assert places[2][-2:] == [1, 0]
+    # It was the second until bob came, who had not asked yet; from then on it only moved up.
+    after = places[2][1:] if places[2][0] == 2 else places[2]
+    assert after == sorted(after, reverse=True)
+
+
+async def test_ones_turn_is_told_before_the_first_token() -> None:
+    swarm = Crowded(1)
+    lines = WaitingLines(cast(Swarm, swarm))
+    places: list[int] = []
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(ask(lines, "ann", 0, []))
+        await until(lambda: bool(swarm.running))
+        second = tasks.create_task(ask(lines, "bob", 1, places))
+        await until(lambda: places == [1])
+        swarm.running[0].set()
+        await first
+        await until(lambda: places == [1, 0])
+        assert not second.done()
+        second.cancel()  # between its turn and its first token: the room comes free all the same
+        await until(lambda: not swarm.running)
 
 
 async def test_who_gives_up_leaves_the_line() -> None:
@@ -178,7 +198,8 @@ async def test_a_full_swarm_is_waited_for_and_the_place_told(
     stream = await chunks(patient, chat(stream=True, swarm={"route": True}))
 
     assert content(stream) == "Now."
-    assert [chunk["swarm"] for chunk in stream if "waiting" in chunk.get("swarm", {})] == [{"waiting": 1}] * 2
+    places = [chunk["swarm"]["waiting"] for chunk in stream if "waiting" in chunk.get("swarm", {})]
+    assert places == [1, 1, 0]
 
 
 async def test_a_whole_answer_waits_as_well(patient: aiohttp.ClientSession, swarm: FakeSwarm) -> None:

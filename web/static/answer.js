@@ -142,7 +142,7 @@ function take(chunk, message, record) {
     message.state.value = "streaming";
     message.content.value += content;
   }
-  if (chunk.swarm?.waiting) message.place.value = chunk.swarm.waiting;
+  if (chunk.swarm?.waiting !== undefined) message.place.value = chunk.swarm.waiting;
   if (chunk.swarm?.tokens) {
     record.tokens(chunk.swarm.tokens);
     const end = message.content.peek().length;
