@@ -91,6 +91,16 @@ export const text = {
   newChat: "New chat",
   composer: "Message to the swarm",
   placeholder: "Ask the swarm something",
+  attach: "Attach text files",
+  attached: "Files that go with it",
+  /** @param {string} name */
+  detach: (name) => `Leave out ${name}`,
+  /** @param {string} name @param {number} most */
+  fileTooLarge: (name, most) => `${name} is too large: a file may have ${most / 1024} KiB.`,
+  /** @param {string} name */
+  fileNotText: (name) => `${name} is not text; only text files can go with a message.`,
+  /** @param {string} name */
+  fileUnread: (name) => `${name} could not be read; choose it again.`,
   hint: "Enter sends, Shift+Enter makes a new line",
   hintAnswering: "Esc stops the answer",
   send: "Send",
