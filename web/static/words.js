@@ -167,7 +167,7 @@ export const text = {
   charts: {
     peers: "Peers",
     sessions: "Chats under way",
-    tokens_per_s: "Tokens a second, all chats together",
+    tokens_per_s: "Tokens a second, all chats",
     kv_tokens_free: "Room for tokens of chats",
   },
   /** @param {string} title @param {number} now @param {number} least @param {number} most @param {number} minutes */
