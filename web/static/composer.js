@@ -65,7 +65,7 @@ function Attached() {
         </li>`,
       )}
     </ul>`}
-    <p class="left-out" role="status">${leftOut.value}</p>
+    <p class="left-out" aria-live="polite">${leftOut.value}</p>
   `;
 }
 
