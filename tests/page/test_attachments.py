@@ -54,10 +54,12 @@ async def test_what_cannot_go_with_it_is_refused_in_words(page: Page) -> None:
     await pick(
         page, **{"big.txt": b"a" * (64 * 1024 + 1), "picture.png": b"\x89PNG\r\n\x1a\n\0", "good.txt": b"yes"}
     )
-    await expect(page.locator(".left-out")).to_have_text(
+    why = (
         "big.txt is too large: a file may have 64 KiB."
         " picture.png is not text; only text files can go with a message."
     )
+    await expect(page.locator(".left-out")).to_have_text(why)
+    await expect(page.get_by_test_id("announcer")).to_have_text(why)
     await expect(page.get_by_role("list", name="Files that go with it")).to_have_text(["good.txt×"])
 
 

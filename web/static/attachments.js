@@ -1,5 +1,6 @@
 // Text files that go with a question: picked, dropped or pasted into the composer, and sent as part of the message.
 import { signal } from "@preact/signals";
+import { announce } from "./announcer.js";
 import { text } from "./words.js";
 
 /** One file may be so large. A model looks back on a few thousand words; more would only be refused later. */
@@ -18,6 +19,7 @@ export async function attach(files) {
   const read = await Promise.all([...files].map(readText));
   attached.value = [...attached.peek(), ...read.filter((each) => typeof each !== "string")];
   leftOut.value = read.filter((each) => typeof each === "string").join(" ");
+  if (leftOut.peek()) announce(leftOut.peek());
 }
 
 /** @param {Attachment} file */

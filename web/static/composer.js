@@ -31,10 +31,6 @@ export function Composer() {
   return html`<form class="composer" onSubmit=${submit} onDragOver=${dragOver} onDrop=${drop}>
     <${Attached} />
     <div class="writing">
-      <button type="button" class="quiet attach" aria-label=${text.attach} title=${text.attach} onClick=${() => picker.current?.click()}>
-        <svg viewBox="0 0 20 20" aria-hidden="true"><path d="M10 4.2v11.6M4.2 10h11.6" /></svg>
-      </button>
-      <input type="file" hidden multiple ref=${picker} onChange=${pick} />
       <label class="unseen" for="question">${text.composer}</label>
       <textarea
         id="question"
@@ -48,6 +44,10 @@ export function Composer() {
         onKeyDown=${keyDown}
         onPaste=${paste}
       />
+      <button type="button" class="quiet attach" aria-label=${text.attach} title=${text.attach} onClick=${() => picker.current?.click()}>
+        <svg viewBox="0 0 20 20" aria-hidden="true"><path d="M10 4.2v11.6M4.2 10h11.6" /></svg>
+      </button>
+      <input type="file" hidden multiple ref=${picker} onChange=${pick} />
       ${answering.value ? html`<${StopButton} />` : html`<${SendButton} />`}
     </div>
     <p id="hint" class="hint"><span class=${news ? "" : "keys"}>${news || text.hint}</span><span>${text.readableShort}</span></p>
@@ -65,7 +65,7 @@ function Attached() {
         </li>`,
       )}
     </ul>`}
-    <p class="left-out" aria-live="polite">${leftOut.value}</p>
+    <p class="left-out">${leftOut.value}</p>
   `;
 }
 
