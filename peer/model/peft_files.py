@@ -20,6 +20,17 @@ from peer.model.extras import Adapter, Pair
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+NOT_SERVED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+"""Wishes of a config that change what is computed beyond B A times one scale."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +60,7 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
         raise BadInputs(
             f"{directory} needs {CONFIG} and {WEIGHTS}: only safetensors are read, never a pickle"
         )
-    config: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    odd = [
-        name
-        for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
-        if config.get(name)
-    ]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or odd:
-        raise BadInputs(
-            f"{directory} is no plain LoRA: {', '.join(odd) or config.get('peft_type')} is not served. Merge "
-            "it into the model with PEFT's merge_and_unload and serve that, or train it anew without"
-        )
+    config = _read_config(directory)
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(directory / WEIGHTS).items():
         path, _, side = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
@@ -69,6 +70,28 @@ def read_peft(directory: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
     if any(pair.keys() != {"lora_A", "lora_B"} for pair in found.values()):
         raise BadInputs(f"{directory} has an A without B, or a B without A")
     return config, {path: (pair["lora_A"], pair["lora_B"]) for path, pair in sorted(found.items())}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The config of a plain LoRA. Raises BadInputs."""
+    try:
+        config: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        kind, _ = config.get("peft_type"), scale_of(config)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise BadInputs(
+            f"{directory / CONFIG} is no config of a LoRA with its r and lora_alpha: save the adapter again"
+        ) from error
+    odd = [name for name in NOT_SERVED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        odd.append("bias")
+    if kind != "LORA":
+        odd.append(f"peft_type {kind}")
+    if odd:
+        raise BadInputs(
+            f"{directory} is no plain LoRA: train it anew without {', '.join(odd)}, or merge it into the "
+            "model with PEFT's merge_and_unload and serve that"
+        )
+    return config
 
 
 def scale_of(config: Mapping[str, Any]) -> float:

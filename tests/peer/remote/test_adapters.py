@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,14 +122,41 @@ def test_a_remote_model_uses_a_hosted_adapter(stored: tuple[Path, Model]) -> Non
         )
 
 
-def test_pickles_and_other_kinds_are_refused(tmp_path: Path, stored: tuple[Path, Model]) -> None:
+def test_pickles_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(BadInputs, match="never a pickle"):
         open_adapter(tmp_path)
-    adapted(tiny("llama").whole, use_dora=True).save_pretrained(tmp_path / "dora")
-    with pytest.raises(BadInputs, match="use_dora"):
-        open_adapter(tmp_path / "dora")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+        {"bias": "lora_only"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_lora_with_more_than_its_matrices_is_refused_by_name(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    adapted(tiny("llama").whole, **options).save_pretrained(tmp_path)
+
+    with pytest.raises(BadInputs, match=f"anew without {next(iter(options))}, or merge"):
+        open_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "{}", '{"r": 0, "lora_alpha": 1}'])
+def test_a_malformed_config_is_refused(tmp_path: Path, stored: tuple[Path, Model], config: str) -> None:
+    shutil.copytree(stored[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "adapter_config.json").write_text(config)
+
+    with pytest.raises(BadInputs, match="no config of a LoRA"):
+        open_adapter(tmp_path)
 
 
 def test_an_adapter_s_id_stands_for_its_numbers(stored: tuple[Path, Model]) -> None:
