@@ -33,7 +33,7 @@ def whole() -> Model:
 @pytest.fixture(scope="module")
 def adapted(whole: Model) -> Model:
     torch.manual_seed(3)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     model: Model = get_peft_model(copy.deepcopy(whole), config)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
