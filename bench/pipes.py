@@ -1,6 +1,7 @@
 """Ways between two processes that `bench.wire` compares: each sends messages of any length and hears them.
 
-`tcp` is raw asyncio TCP, the yardstick; `stock` is aiortc as it comes, `fast` is our data channel; `relayed`
+`tcp` is raw asyncio TCP, the yardstick, and `forwarded` the same through a third process that only passes
+bytes on, which is what any relay costs; `stock` is aiortc as it comes, `fast` is our data channel; `relayed`
 and `socket` are whole channels, with credit, numbers and seal, by a relay and by a socket of their own.
 """
 
@@ -23,12 +24,13 @@ from shared.identity import Identity, PeerId
 from shared.protocol import Describe, Path, PeerMessage, Step, Tensor
 from shared.relay_client import RelayClient
 
-Kind = Literal["tcp", "stock", "fast", "relayed", "socket", "channel"]
+Kind = Literal["tcp", "forwarded", "stock", "fast", "relayed", "socket", "channel"]
 
 PIECE_BYTES = 16 * 1024
 BUFFER_BYTES = 1 << 20
 DIRECT_TIMEOUT_S = 15.0
 _LENGTH = struct.Struct("<I")
+_PORT = struct.Struct("<H")
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     """The listening end's."""
     relay: str = ""
+    forwarder: int = 0
+    """Where on this machine bytes are passed on."""
 
 
 class Pipe(ABC):
@@ -66,6 +70,8 @@ def make_pipe(kind: Kind) -> Pipe:
     match kind:
         case "tcp":
             return TcpPipe()
+        case "forwarded":
+            return ForwardedPipe()
         case "stock":
             return DirectPipe(webrtc.PLAIN)
         case "fast":
@@ -101,7 +107,10 @@ class TcpPipe(Pipe, asyncio.BufferedProtocol):
             listening.close()
         else:
             port = int(await _receive(control))
-            await loop.create_connection(lambda: self, place.address, port)
+            await self._dial(place, port)
+
+    async def _dial(self, place: Place, port: int) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: self, place.address, port)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.WriteTransport, transport)
@@ -140,6 +149,57 @@ class TcpPipe(Pipe, asyncio.BufferedProtocol):
 
     async def close(self) -> None:
         self._transport.close()
+
+
+class ForwardedPipe(TcpPipe):
+    """The same by way of a `Forwarder`, which is told first where to go on to."""
+
+    async def _dial(self, place: Place, port: int) -> None:
+        await asyncio.get_running_loop().create_connection(lambda: self, place.address, place.forwarder)
+        self._transport.write(_PORT.pack(port))
+
+
+class Forwarder(asyncio.Protocol):
+    """Passes bytes on as they come, and does nothing else: one for each end of a way."""
+
+    def __init__(self, host: str, other: Forwarder | None = None) -> None:
+        self._host = host
+        self._other = other
+        self._early = b""
+        self._dialling: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        if self._other is not None:
+            self._other._transport.write(data)
+            return
+        self._early += data
+        if self._dialling is None:
+            self._dialling = asyncio.create_task(self._go_on())
+
+    async def _go_on(self) -> None:
+        (port,) = _PORT.unpack_from(self._early)
+        _, self._other = await asyncio.get_running_loop().create_connection(
+            lambda: Forwarder(self._host, self), self._host, port
+        )
+        self._other._transport.write(self._early[_PORT.size :])
+
+    # The side that reads waits for the side that writes.
+
+    def pause_writing(self) -> None:
+        if self._other is not None:
+            self._other._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._other is not None:
+            self._other._transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._other is not None:
+            self._other._transport.close()
 
 
 # ---------------------------------------------------------------- a bare data channel

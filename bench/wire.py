@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from bench.pipes import Kind, Pipe, Place, make_pipe
+from bench.pipes import Forwarder, Kind, Pipe, Place, make_pipe
 from relay.app import Relay
 from relay.settings import UNLIMITED, RelaySettings
 from shared import event_loop
@@ -36,7 +36,7 @@ from tests.harness.commands import python
 from tests.harness.namespaces import why_unavailable
 from tests.harness.wan import Line, Wan
 
-NEAR: tuple[Kind, ...] = ("tcp", "stock", "fast", "socket", "relayed")
+NEAR: tuple[Kind, ...] = ("tcp", "forwarded", "stock", "fast", "socket", "relayed")
 FAR: tuple[Kind, ...] = ("tcp", "stock", "fast")
 LOSSES = (0.0, 0.001, 0.01)
 ROUND_TRIP_MS, RATE_MBIT = 25.0, 100.0
@@ -173,7 +173,7 @@ def end_main(handle: int, text: str) -> None:
     control = Connection(handle)
     for kind in task.kinds:
         # The yardsticks as people know them, ours on the loop that our programs run on.
-        run = asyncio.run if kind in ("tcp", "stock") else event_loop.run
+        run = asyncio.run if kind in ("tcp", "forwarded", "stock") else event_loop.run
         figures = run(take_part(kind, control, task))
         if figures is not None:
             print(json.dumps({"kind": kind, **figures}), flush=True)
@@ -183,24 +183,27 @@ def end_main(handle: int, text: str) -> None:
 
 
 def relay_main(host: str) -> None:
-    """A relay without limits, until killed; its first line is its address."""
+    """A relay without limits, until killed; its first line is its address, and the port of a forwarder."""
 
     async def run() -> None:
         settings = RelaySettings(host=host, port=0, participant_bytes=UNLIMITED, address_bytes=UNLIMITED)
         async with Relay(settings) as relay:
-            print(relay.url, flush=True)
+            forwarder = await asyncio.get_running_loop().create_server(lambda: Forwarder(host), host, 0)
+            print(relay.url, forwarder.sockets[0].getsockname()[1], flush=True)
             await asyncio.Event().wait()
 
     event_loop.run(run())
 
 
 @contextmanager
-def relay_at(prefix: Sequence[str], host: str) -> Iterator[str]:
+def relay_at(prefix: Sequence[str], host: str) -> Iterator[tuple[str, int]]:
+    """Its address, and the port of a forwarder in the same process."""
     command = [*prefix, *python("bench.wire", "--relay", host)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            yield process.stdout.readline().strip()
+            url, forwarder = process.stdout.readline().split()
+            yield url, int(forwarder)
         finally:
             process.kill()
 
@@ -210,7 +213,7 @@ def measure(
     options: argparse.Namespace,
     *,
     wan: Wan | None = None,
-    relay: str = "",
+    relay: tuple[str, int] = ("", 0),
     mixed: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Run both ends and give each kind's figures as they come."""
@@ -219,7 +222,7 @@ def measure(
     processes = []
     for core, (listens, end) in enumerate(zip((True, False), ends, strict=True)):
         task = Task(
-            place=Place(listens=listens, address=address, relay=relay),
+            place=Place(listens=listens, address=address, relay=relay[0], forwarder=relay[1]),
             kinds=kinds,
             trips=options.trips,
             bulk_bytes=options.mib * 2**20,
@@ -309,6 +312,10 @@ def near_ratios(near: Figures) -> dict[str, float]:
         "bulk_vs_tcp": near("fast", "bulk") / near("tcp", "bulk"),
         "relay_rtt16_vs_tcp": near("relayed", "rtt16") / near("tcp", "rtt16"),
         "relay_bulk_vs_tcp": near("relayed", "bulk") / near("tcp", "bulk"),
+        "relay_rtt16_vs_forwarded": near("relayed", "rtt16") / near("forwarded", "rtt16"),
+        "relay_bulk_vs_forwarded": near("relayed", "bulk") / near("forwarded", "bulk"),
+        "forwarded_rtt16_vs_tcp": near("forwarded", "rtt16") / near("tcp", "rtt16"),
+        "forwarded_bulk_vs_tcp": near("forwarded", "bulk") / near("tcp", "bulk"),
         "socket_rtt16_vs_tcp": near("socket", "rtt16") / near("tcp", "rtt16"),
         "socket_bulk_vs_tcp": near("socket", "bulk") / near("tcp", "bulk"),
     }
