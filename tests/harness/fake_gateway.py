@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
 from collections import deque
 from types import TracebackType
 from typing import Any, Self
@@ -74,6 +75,20 @@ class Refuse(Struct, frozen=True):
 
 
 Part = Say | Wait | Queue | Reroute | Fail | Cut | Drop | Refuse
+
+
+_ports: set[int] = set()
+
+
+def _fresh_port() -> int:
+    """One that no gateway of this process had: a browser keeps conversations for each origin."""
+    while True:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port: int = free.getsockname()[1]
+        if port not in _ports:
+            _ports.add(port)
+            return port
 
 
 class FakeGateway:
@@ -159,8 +174,8 @@ class FakeGateway:
         app.router.add_post("/v1/chat/completions", self._post_chat)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await self._runner.setup()
+        self._port = self._port or _fresh_port()
         await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
-        self._port = self._runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{self._port}"
 
     async def stop(self) -> None:
