@@ -6,6 +6,8 @@ import { highlight } from "./highlight.js";
 import { copyText } from "./copy.js";
 import { text as words } from "./words.js";
 
+const DRAW_EVERY_MS = 45;
+
 const ALLOWED = {
   ALLOWED_TAGS: (
     "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre strong table tbody td th thead tr ul span"
@@ -99,8 +101,9 @@ export class GrowingMarkdown {
     this.#finish(marked.lexer(this.#source.slice(this.#finished)));
     this.#tail.replaceChildren(renderMarkdown(this.#source.slice(this.#finished)));
     const cost = performance.now() - began;
-    // A very long last block, such as a table, may take a fifth of the time and no more.
-    this.#earliest = now + 4 * cost;
+    // Layout follows each drawing, and nobody reads faster. A very long last block, such as a table, may take a
+    // fifth of the time and no more.
+    this.#earliest = now + Math.max(DRAW_EVERY_MS, 4 * cost);
   }
 
   /** Everything before the last block cannot change any more. @param {{type: string, raw: string}[]} blocks */
