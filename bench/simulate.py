@@ -178,7 +178,7 @@ def _tell_hour(hour: Hour, hours: float) -> None:
     )
     for error, count in told.errors.most_common(3):
         print(f"  failed {count} times: {error}")
-    for who, times in (("a standby took over", told.recoveries), ("without one", told.replays)):
+    for who, times in (("somebody stood by", told.recoveries), ("nobody did", told.replays)):
         print(
             f"  {len(times)} times a peer of an answer died and {who}: from its death to the next token"
             f" p50 {quantile(times, 0.5):.2f} s, p99 {quantile(times, 0.99):.2f} s"

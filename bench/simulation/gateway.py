@@ -61,7 +61,7 @@ class Asking:
         self.died_at: float | None = None
         """When a peer of its route died, until the next token."""
         self.stood_by = True
-        """Standbys took the places of all that died since."""
+        """Somebody stood by for each that died since, when it was noticed."""
 
 
 class Gateway:
@@ -170,16 +170,21 @@ class Gateway:
         """The channel to a peer closed."""
         self.channels.discard(peer)
         for asking in list(self.askings.values()):
-            machine = asking.machine
-            if peer in machine.peers:
-                asking.died_at = died_at if asking.died_at is None else asking.died_at
-                self._handle(asking, PeerLost(peer))
-            elif any(span.peer == peer for span in machine.standbys):
-                self._handle(asking, PeerLost(peer))
+            self._lost(asking, peer, died_at)
 
-    def unreachable(self, session: str, peer: PeerId) -> None:
+    def unreachable(self, session: str, peer: PeerId, died_at: float) -> None:
         if (asking := self.askings.get(session)) is not None:
-            self._handle(asking, PeerLost(peer))
+            self._lost(asking, peer, died_at)
+
+    def _lost(self, asking: Asking, peer: PeerId, died_at: float) -> None:
+        machine = asking.machine
+        gone = next((span for span in machine.route if span.peer == peer), None)
+        if gone is not None:
+            asking.died_at = died_at if asking.died_at is None else asking.died_at
+            layers = gone.start, gone.end
+            ready = any((span.start, span.end) == layers for span in machine.standbys)
+            asking.stood_by = asking.stood_by and ready
+        self._handle(asking, PeerLost(peer))
 
     def _handle(self, asking: Asking, event: Event) -> None:
         self._carry_out(asking, asking.machine.handle(event))
@@ -202,7 +207,6 @@ class Gateway:
         now, told = self.swarm.kernel.now, self.swarm.told
         if isinstance(event, Rerouted):
             told.reroutes += 1
-            asking.stood_by = asking.stood_by and event.stood_by
             return
         self.swarm.kernel.note("tok", event.position)
         if asking.died_at is not None:

@@ -55,7 +55,7 @@ class Told(msgspec.Struct):
     first_tokens: list[float] = []
     gaps: list[float] = []
     recoveries: list[float] = []
-    """From a peer's death to the next token of an answer, where a standby took over."""
+    """From a peer's death to the next token of an answer, where somebody stood by, whoever took over."""
     replays: list[float] = []
     """The same where nobody stood by, or the prompt was still being computed."""
     hops: list[int] = []
@@ -113,6 +113,8 @@ class SimulatedSwarm:
         self._machines = {machine.id: machine for machine in machines}
         self._next_number = len(machines)
         self._links: dict[tuple[object, ...], float] = {}
+        self._dead: dict[PeerId, tuple[float, float]] = {}
+        """When each of those that are gone died, and when that was noticed."""
         self._placed: list[Placed] | None = None
         for each in placed:
             self._add(self._machines[each.peer], each.span, serving=True)
@@ -153,7 +155,10 @@ class SimulatedSwarm:
         """From an asker to a peer."""
         peer = self.peers.get(to)
         if peer is None or not peer.alive:
-            self.kernel.after(CLOSED_S, gateway.unreachable, session, to)
+            died_at, noticed_at = self._dead[to]
+            self.kernel.after(
+                max(CLOSED_S, noticed_at - self.kernel.now), gateway.unreachable, session, to, died_at
+            )
             return
         delay_s = gateway.delay_s + peer.machine.delay_s
         if to not in gateway.channels:
@@ -275,6 +280,7 @@ class SimulatedSwarm:
         self._placed = None
         peer.end()
         notice_s = SILENT_S if self.numbers.random() < SILENT_PART else CLOSED_S
+        self._dead[who] = self.kernel.now, self.kernel.now + notice_s
         self.kernel.after(notice_s, self._noticed, who, self.kernel.now)
         if self.churn is not None:
             self.kernel.after(self.numbers.uniform(0, 120), self._join)
