@@ -411,8 +411,7 @@ class RelayClient:
             raise ProtocolError(
                 f"a frame of {len(data)} bytes from {self.url} is too short to name its source"
             )
-        view = memoryview(data)
-        self.on_frame.tell(id_from_bytes(view[:ID_BYTES]), view[ID_BYTES:])
+        self._take_frame(memoryview(data))
 
     def _told(self, message: FromRelay) -> None:
         match message:

@@ -52,9 +52,7 @@ class ShortWay:
 
     __slots__ = ("_behind", "_missing", "_parser", "_parts", "_passing", "_size", "_unmask", "take")
 
-    def __init__(
-        self, parser: Parser | None, take: Take, unmask: Callable[[bytes, bytearray], None] | None
-    ) -> None:
+    def __init__(self, parser: Parser, take: Take, unmask: Callable[[bytes, bytearray], None] | None) -> None:
         self.take = take
         self._parser = parser
         self._unmask = unmask
@@ -99,15 +97,13 @@ class ShortWay:
             part = data[place : place + self._passing]
             self._passing -= len(part)
             place += len(part)
-            assert self._parser is not None
             failed, left = self._parser.feed_data(part)
             if failed:
                 return failed, left
         return False, b""
 
     def feed_eof(self) -> None:
-        if self._parser is not None:
-            self._parser.feed_eof()
+        self._parser.feed_eof()
 
     def _is_short(self, first: int, second: int, size: int) -> bool:
         masked = second & _MASKED != 0
@@ -137,7 +133,7 @@ def shorten(protocol: object, take: Take, *, masked: bool) -> ShortWay:
 
     To be called when everything that was read has been handled.
     """
-    parser = getattr(protocol, "_payload_parser", None)
+    parser: Any = getattr(protocol, "_payload_parser", None)
     unmask = _unmask() if masked else None
     way = ShortWay(parser, take, unmask)
     if parser is None or (masked and unmask is None):

@@ -38,6 +38,15 @@ def coverage(spans: Iterable[Span], layer_count: int) -> list[int]:
     return counts
 
 
+def layer_sums(held: Iterable[tuple[Span, float]], layer_count: int) -> list[float]:
+    """What spans of some worth amount to together at each layer, in layer order."""
+    sums = [0.0] * layer_count
+    for span, worth in held:
+        for layer in range(max(0, span.start), min(layer_count, span.end)):
+            sums[layer] += worth
+    return sums
+
+
 def gaps(counts: Sequence[int]) -> list[Span]:
     """The runs of layers that nobody holds, from the counts of `coverage`."""
     found: list[Span] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from msgspec import Struct
 from shared.background import Background
 from shared.client.directory import ServedModel
 from shared.protocol import Announcement
+from shared.spans import Span, layer_sums
 from web.swarm import Swarm
 
 EVERY_S = 15.0
@@ -43,27 +44,17 @@ def sample(model: ServedModel, at: float) -> Sample:
     """What the peers of a model say now."""
     serving = [peer for peer in model.peers if peer.state == "serving"]
 
-    def weakest(worth: Callable[[Announcement], float]) -> int:
-        return int(min(_per_layer(serving, model.layer_count, worth), default=0))
+    def per_layer(worth: Callable[[Announcement], float]) -> list[float]:
+        return layer_sums(((Span(peer.start, peer.end), worth(peer)) for peer in serving), model.layer_count)
 
+    speeds = per_layer(lambda peer: (peer.throughput or 0.0) / (peer.end - peer.start))
     return Sample(
         at=round(at, 1),
         peers=len(serving),
-        sessions=int(max(_per_layer(serving, model.layer_count, lambda peer: peer.sessions), default=0)),
-        tokens_per_s=weakest(lambda peer: (peer.throughput or 0.0) / (peer.end - peer.start)),
-        kv_tokens_free=weakest(lambda peer: peer.kv_tokens_free),
+        sessions=int(max(per_layer(lambda peer: peer.sessions), default=0)),
+        tokens_per_s=int(min(speeds, default=0)),
+        kv_tokens_free=int(min(per_layer(lambda peer: peer.kv_tokens_free), default=0)),
     )
-
-
-def _per_layer(
-    peers: Sequence[Announcement], layer_count: int, worth: Callable[[Announcement], float]
-) -> list[float]:
-    """What the peers of each layer amount to together."""
-    sums = [0.0] * layer_count
-    for peer in peers:
-        for layer in range(peer.start, min(peer.end, layer_count)):
-            sums[layer] += worth(peer)
-    return sums
 
 
 class History:

@@ -69,6 +69,8 @@ class ModelTokenizer:
         self._special = frozenset(
             token for token, added in self._backend.get_added_tokens_decoder().items() if added.special
         )
+        self.call_form: CallForm | None = form_of(self._template) if self.takes_tools else None
+        """How the chat template teaches the model to call tools; None when in no form that we read."""
         self.stop_tokens = _stop_tokens(tokenizer, config, generation)
         self.sampling = generation.sampling()
         """How the model's makers want it sampled; temperature 1 when they do not say."""
@@ -122,11 +124,6 @@ class ModelTokenizer:
     def takes_tools(self) -> bool:
         """True when the chat template has a place for tools."""
         return self._template is not None and "tools" in self._template
-
-    @property
-    def call_form(self) -> CallForm | None:
-        """How the chat template teaches the model to call tools; None when in no form that we read."""
-        return form_of(self._template) if self.takes_tools else None
 
     @property
     def chat_template(self) -> str | None:

@@ -20,7 +20,7 @@ from shared.client.route_planner import Candidate
 from shared.errors import NoRoute
 from shared.identity import PeerId
 from shared.protocol import RouteSpan
-from shared.spans import Span
+from shared.spans import Span, layer_sums
 
 BALANCE = 0.75
 SLACK = 1e-3
@@ -52,11 +52,7 @@ def rebalanced(swarm: Sequence[Placed], layer_count: int, numbers: random.Random
 
 
 def throughput(swarm: Sequence[Placed], layer_count: int) -> list[float]:
-    layers = [0.0] * layer_count
-    for each in swarm:
-        for layer in range(each.span.start, each.span.end):
-            layers[layer] += each.speed / len(each.span)
-    return layers
+    return layer_sums(((each.span, each.speed / len(each.span)) for each in swarm), layer_count)
 
 
 def window(layers: Sequence[float], length: int) -> Span:

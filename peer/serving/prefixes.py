@@ -115,15 +115,13 @@ class Prefixes:
         if found is None or found.shared(pages) == 0:
             self.shrink(free_bytes)
             return None
-        common = found.common(pages)
-        if found.unchanged is not None:
-            self.shrink(free_bytes)
-            return Beginning(found, common, owned=False)
-        self._kept.remove(found)
-        if common < len(found.pages):
-            self._kept.append(found)
+        common, lends = found.common(pages), found.unchanged is not None
+        if not lends:
+            self._kept.remove(found)
+            if common < len(found.pages):
+                self._kept.append(found)
         self.shrink(free_bytes)
-        return Beginning(found, common, owned=found not in self._kept)
+        return Beginning(found, common, owned=not lends and found not in self._kept)
 
     def shrink(self, free_bytes: int) -> None:
         """Free prefixes until the rest fits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from types import MappingProxyType
 
@@ -88,6 +89,7 @@ def fill_route(
     Survivors already hold KV room and caches, so they are kept first; only when the gaps between them
     cannot be filled by other peers is the route planned anew.
     """
+    plan = partial(plan_route, model=model, tokens=tokens, salt=salt, replay=replay, held=held)
     kept = {span.peer for span in survivors}
     others = [candidate for candidate in candidates if candidate.peer not in kept]
     route = list(survivors)
@@ -95,12 +97,11 @@ def fill_route(
         for gap in gaps(coverage((Span(span.start, span.end) for span in survivors), layer_count)):
             used = {span.peer for span in route}
             free = [candidate for candidate in others if candidate.peer not in used]
-            route += plan_route(free, gap, model=model, tokens=tokens, salt=salt, replay=replay, held=held)
+            route += plan(free, gap)
     except (NoRoute, Busy):
         if not survivors:
             raise
-        whole = Span(0, layer_count)
-        return plan_route(candidates, whole, model=model, tokens=tokens, salt=salt, replay=replay, held=held)
+        return plan(candidates, Span(0, layer_count))
     return sorted(route, key=lambda span: span.start)
 
 

@@ -721,8 +721,7 @@ class ClientSession:
         if peer not in self.peers:
             return []
         entry = self.route[self.peers.index(peer)]
-        standby = self._standbys.of(entry)
-        stood_by = standby is not None and standby.ready
+        stood_by = self._standbys.ready(entry) is not None
         if alive and not stood_by and peer not in self._returns and self._is_there(peer):
             # It is there, and so is what it holds: cheaper than a replay by another one.
             self._returns.add(peer)
@@ -735,17 +734,16 @@ class ClientSession:
             self._count_loss(lost)
         else:
             self._refused.add(lost)
-        standby = self._standbys.of(gone)
-        ready = standby is not None and standby.ready
-        if standby is not None and ready and len(self.tokens) - standby.position < AT_ONCE:
+        standby = self._standbys.ready(gone)
+        if standby is not None and len(self.tokens) - standby.position < AT_ONCE:
             return self._go_by(self._without(lost, standby), lost, "lost", stood_by=True)
         try:
-            route = self._replan(lost, last_resort=not ready)
+            route = self._replan(lost, last_resort=standby is None)
         except CorollaError as error:
-            if standby is not None and ready:
+            if standby is not None:
                 return self._go_by(self._without(lost, standby), lost, "lost", stood_by=True)
             return self._finish(refusal or error if isinstance(error, NoRoute) else error)
-        stood_by = standby is not None and ready and standby.entry in route
+        stood_by = standby is not None and standby.entry in route
         return self._go_by(route, lost, "declined" if refusal else "lost", stood_by=stood_by)
 
     def _count_loss(self, lost: PeerId) -> None:

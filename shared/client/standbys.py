@@ -49,6 +49,11 @@ class Standbys:
         """Who stands by for these layers."""
         return self._by_layers.get((span.start, span.end))
 
+    def ready(self, span: RouteSpan) -> Standby | None:
+        """Who could be a hop for these layers at once."""
+        standby = self.of(span)
+        return standby if standby is not None and standby.ready else None
+
     def find(self, peer: PeerId) -> Standby | None:
         return next((standby for standby in self._by_layers.values() if standby.peer == peer), None)
 

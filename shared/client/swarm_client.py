@@ -175,7 +175,7 @@ class SwarmClient:
                 with contextlib.suppress(NoRoute, Busy):
                     best = fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
                     return self._where_it_began(request, best, candidates, tokens, salt)
-            replay = max(len(request.prompt), *held.values(), 0) if avoid else 0
+            replay = max([len(request.prompt), *held.values()]) if avoid else 0
             try:
                 return fill_route(
                     survivors,

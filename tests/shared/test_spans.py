@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from shared.errors import SettingsError
-from shared.spans import Span, coverage, gaps, parse_layers
+from shared.spans import Span, coverage, gaps, layer_sums, parse_layers
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,8 @@ def test_equal_parts_cover_every_layer_once(layer_count: int, parts: int) -> Non
 
 def test_gaps_name_the_runs_that_nobody_holds() -> None:
     assert gaps(coverage([Span(0, 2), Span(4, 6)], 8)) == [Span(2, 4), Span(6, 8)]
+
+
+def test_each_layer_has_the_sum_of_what_those_who_hold_it_are_worth() -> None:
+    held = [(Span(0, 2), 1.5), (Span(1, 4), 2.0), (Span(3, 9), 0.25)]
+    assert layer_sums(held, 5) == [1.5, 3.5, 2.0, 2.25, 0.25]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import Any, assert_never
 from urllib.parse import quote
 
@@ -97,11 +96,9 @@ class Asker:
         tools = [] if asked.tool_choice == "none" else asked.tools or []
         forced = await _forced(asked, tools)
         grammar = forced.grammar or await grammar_of_format(asked.response_format)
+        told = msgspec.to_builtins(tools)
         prompt = await asyncio.to_thread(
-            partial(tokenizer.render, goes_on=asked.goes_on),
-            messages,
-            msgspec.to_builtins(tools),
-            forced.opening,
+            tokenizer.render, messages, told, forced.opening, goes_on=asked.goes_on
         )
         request = Request(
             artefact=model.artefact,
@@ -127,7 +124,7 @@ class Asker:
             stops=[*asked.stops, *prompt.stops],
             choices=asked.n or 1,
             form=form,
-            types=types_of(msgspec.to_builtins(tools)) if form else {},
+            types=types_of(told) if form else {},
             forced=forced,
             warnings=_warnings(asked, tools, tokenizer, reads_calls=form is not None),
         )

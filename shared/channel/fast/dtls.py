@@ -80,7 +80,7 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
             record = self._ssl.bio_read(len(packet) + RECORD_OVERHEAD_BYTES)
         except SSL.Error:
             return False
-        return self._port.send_probe(record, self._port.nominated() or self._remote)
+        return self._port.send_probe(record, self._address(self._port))
 
     def _send_alike(self, packets: Sequence[bytes], start: int) -> int:
         """Send from `start` on what the kernel can cut: packets of one length, then perhaps a shorter one."""
@@ -103,10 +103,14 @@ class FastDtlsTransport(RTCDtlsTransport, Reader):
     def _send_records(self, records: bytes) -> None:
         record_bytes = _HEADER_BYTES + (records[11] << 8 | records[12])
         if self._port is not None:
-            self._port.send(records, record_bytes, self._port.nominated() or self._remote)
+            self._port.send(records, record_bytes, self._address(self._port))
         elif (pair := self.transport._connection._nominated.get(1)) is not None:
             for place in range(0, len(records), record_bytes):
                 pair.protocol.transport.sendto(records[place : place + record_bytes], pair.remote_addr)
+
+    def _address(self, port: Port) -> Address:
+        """Where the other side is: what ICE agrees on now, or did when the records began."""
+        return port.nominated() or self._remote
 
     # Reader: what the port calls.
 
