@@ -45,7 +45,7 @@ from shared.announcement import LEASE_S, RENEW_EVERY_S, sign_announcement
 from shared.background import Background
 from shared.channel import Channel, Dialer
 from shared.errors import CorollaError, ProtocolError, SettingsError
-from shared.identity import Identity
+from shared.identity import Identity, PeerId
 from shared.protocol import Announcement, HostedAdapter, Path, PeerMessage, PeerState
 from shared.relays import Relays
 from shared.settings import data_directory
@@ -107,6 +107,8 @@ class Peer:
         self._told: Announcement | None = None
         """What was announced last."""
         self._unwanted = False
+        self._moved_among: frozenset[PeerId] | None = None
+        """Who else was there when this peer moved; while nobody joins or leaves, it stays."""
         self._offer: Offer | None = None
         self._state: PeerState = "joining"
         self._sequence = 0
@@ -254,16 +256,19 @@ class Peer:
 
     async def reconsider(self, checkpoint: Checkpoint) -> bool:
         """Move to other layers if that helps the swarm enough, after running answers; True when it did."""
-        if (
-            self._leaving.is_set()
-            or self._state != "serving"
-            or self._better_place(await self._others()) is None
-        ):
+        if self._leaving.is_set() or self._state != "serving":
+            return False
+        others = await self._others()
+        if self._moved_among not in (None, _ids(others)):
+            self._moved_among = None
+            await self.announce(self._state)
+        if self._better_place(others) is None:
             return False
         # Told before it is done, then looked at again: nobody else near by goes away at the same time.
         await self.announce("draining")
         await asyncio.sleep(PROPAGATION_S)
-        choice = self._better_place(await self._others())
+        others = await self._others()
+        choice = self._better_place(others)
         if self._leaving.is_set():
             return False
         if choice is None:
@@ -272,13 +277,18 @@ class Peer:
         self._notice(f"moving to layers {choice.span}: {choice.why}")
         await self._drain()
         if not self._leaving.is_set():
+            self._moved_among = _ids(others)
             await self._move(checkpoint, choice.span)
         return not self._leaving.is_set()
 
     def _better_place(self, others: Sequence[Placed]) -> Choice | None:
         state: Literal["draining", "serving"] = "draining" if self._state == "draining" else "serving"
-        me = Placed(self.identity.id, self.layers, self._assumed_speed(others), state)
+        me = Placed(self.identity.id, self.layers, self._assumed_speed(others), state, self._movable)
         return choose_move(me, others, self._options, self.layer_count)
+
+    @property
+    def _movable(self) -> bool:
+        return bool(self._options) and len(self.layers) < self.layer_count and self._moved_among is None
 
     async def _move(self, checkpoint: Checkpoint, span: Span) -> None:
         before = self.layers
@@ -376,7 +386,7 @@ class Peer:
             kv_tokens_free=self.service.kv_tokens_free if self.service else 0,
             ms_per_layer=self._ms_per_layer(),
             throughput=self.speed.throughput if self.speed else None,
-            movable=bool(self._options) and len(self.layers) < self.layer_count,
+            movable=self._movable,
             sessions=self.service.session_count if self.service else 0,
             wait_ms=self.service.wait_ms if self.service else 0.0,
             relays=self.relays.connected_urls,
@@ -417,6 +427,10 @@ def much_changed(told: Announcement, now: Announcement) -> bool:
     slower, faster = max(told.wait_ms, now.wait_ms), min(told.wait_ms, now.wait_ms)
     roomier, fuller = (f(told.kv_tokens_free, now.kv_tokens_free) for f in (max, min))
     return more > 2 * fewer + 4 or slower > 2 * faster + 50 or roomier > 2 * fuller
+
+
+def _ids(others: Sequence[Placed]) -> frozenset[PeerId]:
+    return frozenset(other.peer for other in others)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -2,8 +2,8 @@
 
 A newcomer takes the span that helps most: first every layer shall have two peers, then the weakest layer
 shall carry more, then spans shall end where others end, so that routes have few hops. A peer that serves
-moves when that helps enough to be worth its loading, never when a layer would lose its last peer, and only
-while nobody near it is on the move.
+moves when that helps enough to be worth its loading, never when a layer would lose its last peer, only while
+nobody near it is on the move, and once: then it stays until somebody joins or leaves, so every swarm settles.
 
 Speeds are in layer-tokens per second: how many positions a peer takes through one layer. Whatever the
 arrangement, a swarm carries at most the sum of its speeds over the number of its layers.
@@ -53,7 +53,7 @@ class Placed(msgspec.Struct, frozen=True):
     state: Literal["joining", "serving", "draining"] = "serving"
     """One that joins counts with the layers that it will hold; one that drains leaves or moves."""
     movable: bool = True
-    """False when its owner told it which layers to hold."""
+    """False when its owner told it which layers to hold, or it moved since anyone joined or left."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -288,7 +288,7 @@ def choose_move(
     with the smaller id goes on. The other one comes back, and a layer that only they hold keeps both.
     """
     staying = _staying(others)
-    if _nothing_to_gain([me, *staying], layer_count):
+    if not me.movable or _nothing_to_gain([me, *staying], layer_count):
         return None
     wanted = _wanted(me, staying, options, layer_count)
     if wanted is None or not may_leave(me, others, layer_count):

@@ -80,7 +80,7 @@ def try_placement(count: int, layers: int, seed: int) -> Placement:
 
 
 def settle(placed: Sequence[Placed], layers: int, numbers: random.Random) -> tuple[list[Placed], int]:
-    """Every peer in turn looks whether to move, until nobody does."""
+    """Every peer in turn looks whether to move, until nobody does. Nobody joins, so each moves once."""
     now, moves = list(placed), 0
     while True:
         quiet = True
@@ -88,7 +88,7 @@ def settle(placed: Sequence[Placed], layers: int, numbers: random.Random) -> tup
             me, others = now[index], now[:index] + now[index + 1 :]
             choice = choose_move(me, others, spans_of_length(len(me.span), layers), layers)
             if choice is not None:
-                now[index] = msgspec.structs.replace(me, span=choice.span)
+                now[index] = msgspec.structs.replace(me, span=choice.span, movable=False)
                 moves, quiet = moves + 1, False
         if quiet:
             return now, moves

@@ -72,6 +72,8 @@ class SimulatedPeer:
         self.swarm = swarm
         self.state = "joining"
         self.alive = True
+        self.moved_at: int | None = None
+        """How often anyone had joined or left when it moved here."""
         self.hops: dict[str, Hop] = {}
         self.wait_ms = 0.0
         self.busy_s = 0.0

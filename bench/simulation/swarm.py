@@ -116,6 +116,8 @@ class SimulatedSwarm:
         self._dead: dict[PeerId, tuple[float, float]] = {}
         """When each of those that are gone died, and when that was noticed."""
         self._placed: list[Placed] | None = None
+        self._changes = 0
+        """How often anyone joined or left."""
         for each in placed:
             self._add(self._machines[each.peer], each.span, serving=True)
         self.gateways = [
@@ -227,6 +229,7 @@ class SimulatedSwarm:
         peer = self.peers[machine.id] = SimulatedPeer(machine, span, self)
         self.delays[machine.id] = machine.delay_s
         self._placed = None
+        self._changes += 1
         if serving:
             self._serve(peer)
         else:
@@ -265,7 +268,13 @@ class SimulatedSwarm:
         """Every live peer as its announcement shows it."""
         if self._placed is None:
             self._placed = [
-                Placed(peer.id, peer.span, peer.machine.speed, peer.state)  # type: ignore[arg-type]
+                Placed(
+                    peer.id,
+                    peer.span,
+                    peer.machine.speed,
+                    peer.state,  # type: ignore[arg-type]
+                    movable=peer.moved_at != self._changes,
+                )
                 for peer in self.peers.values()
             ]
         return self._placed
@@ -278,6 +287,7 @@ class SimulatedSwarm:
         self.kernel.note("die", peer.machine.number)
         self.told.deaths += 1
         self._placed = None
+        self._changes += 1
         peer.end()
         notice_s = SILENT_S if self.numbers.random() < SILENT_PART else CLOSED_S
         self._dead[who] = self.kernel.now, self.kernel.now + notice_s
@@ -361,5 +371,6 @@ class SimulatedSwarm:
         for gateway in self.gateways:
             gateway.lost(peer.id, self.kernel.now)
         moved = self.peers[peer.id] = SimulatedPeer(peer.machine, span, self)
+        moved.moved_at = self._changes
         self._placed = None
         self.kernel.after(self.numbers.uniform(*LOAD_S), self._serve, moved)

@@ -376,14 +376,24 @@ async def test_a_peer_moves_to_layers_that_lost_theirs_after_its_answers_and_ser
             events += [event async for event in answer]
         await swarm.until(lambda: is_serving(swarm, mover.identity, missing))
         again = [event async for event in swarm.ask(PROMPT, new=5)]
+        moved = announced(swarm, mover.identity)
+        await swarm.start(eve=(0, 3))
+        await swarm.until(lambda: is_movable(swarm, mover.identity))
 
     assert tokens(again) == swarm.reference(PROMPT, new=5)
+    assert moved is not None
+    assert not moved.movable  # it stays until somebody joins or leaves
     assert mover.kv_budget.reserved_bytes == 0
 
 
 def is_serving(swarm: Swarm, identity: Identity, span: Span) -> bool:
     found = announced(swarm, identity)
     return found is not None and (found.state, found.start, found.end) == ("serving", span.start, span.end)
+
+
+def is_movable(swarm: Swarm, identity: Identity) -> bool:
+    found = announced(swarm, identity)
+    return found is not None and found.movable
 
 
 async def test_a_peer_that_was_asked_to_leave_does_not_move_any_more(
