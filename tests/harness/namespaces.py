@@ -11,10 +11,20 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _numbers = itertools.count()
+
+_FORGET = """
+import socket, struct
+with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12) as netfilter:  # NETLINK_NETFILTER
+    # CTNETLINK's IPCTNL_MSG_CT_DELETE that names no connection, to be acknowledged.
+    netfilter.send(struct.pack("=IHHIIBBH", 20, 1 << 8 | 2, 1 | 4, 0, 0, 0, 0, 0))
+    *_, error = struct.unpack_from("=IHHIIi", netfilter.recv(4096))
+    raise SystemExit(error and f"the connections stay known: error {error}")
+"""
 
 
 class Namespace:
@@ -34,6 +44,10 @@ class Namespace:
     def nft(self, rules: str) -> None:
         """Run lines of `nft`."""
         _run(self.command("nft", "-f", "-"), rules)
+
+    def forget_connections(self) -> None:
+        """Empty the table of connections, with the public ports that it gave them."""
+        _run(self.command(sys.executable, "-S", "-c", _FORGET))
 
     def forward(self) -> None:
         """Pass on packets for others, as a router does."""

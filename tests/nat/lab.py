@@ -69,8 +69,12 @@ class Router:
         self._addresses = addresses
 
     def become(self, kind: Kind) -> None:
-        """Forget all rules and be a router of this kind. Connections that it knows stay known."""
+        """Forget all rules and connections, and be a router of this kind.
+
+        A connection that stayed known would keep its public port, and a new socket may get its old number.
+        """
         self.namespace.nft(_rules(kind, plain(self._addresses.machines[0])))
+        self.namespace.forget_connections()
         network, wan = self._addresses.network, plain(self._addresses.wan)
         # Only addresses that no router hides are known to the world.
         known = f"via {wan}" if kind in ("none", "firewall") else ""
