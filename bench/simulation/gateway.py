@@ -29,7 +29,7 @@ from shared.client.session import (
 )
 from shared.client.standbys import choose_standby
 from shared.client.swarm_client import BUSY_STANDBY_MS
-from shared.client.two_choices import informed, two_choices
+from shared.client.two_choices import informed, replays_by_peer, two_choices
 from shared.errors import Busy, CorollaError, NoRoute
 from shared.identity import PeerId
 from shared.protocol import Load, PeerMessage, RouteSpan
@@ -59,9 +59,13 @@ class Asking:
         """As it is counted among our sessions."""
         self.token_at: float | None = None
         self.died_at: float | None = None
-        """When a peer of its route died, until the next token."""
+        """When a peer of its route died, until the next token by another route."""
+        self.died_in = 0
+        """The epoch in which it did."""
         self.stood_by = True
-        """Somebody stood by for each that died since, when it was noticed."""
+        """Somebody stood by for each that died since, when it died or when that was noticed."""
+        self.wakes = False
+        """It will be looked at again."""
 
 
 class Gateway:
@@ -81,6 +85,7 @@ class Gateway:
         self, avoid: frozenset[PeerId] = frozenset(), holding: Span | None = None
     ) -> list[Candidate]:
         now = self.swarm.kernel.now
+        replays = replays_by_peer(asking.machine.replaying for asking in self.askings.values())
         found = []
         for peer, announced in self.swarm.announced.items():
             if peer in avoid or (holding is not None and not announced.span.holds(holding)):
@@ -92,7 +97,7 @@ class Gateway:
             if not self.swarm.petals and (peer in self._loads or self.ours[peer]):
                 said = self._loads.get(peer)
                 load = said[1] if said is not None and now - said[0] < LOAD_FRESH_S else None
-                candidate = informed(candidate, load, self.ours[peer])
+                candidate = informed(candidate, load, self.ours[peer], replays.get(peer, ()))
             found.append(candidate)
         return found
 
@@ -132,7 +137,10 @@ class Gateway:
         layers, salt = self.swarm.layers, asking.session
 
         def plan(
-            survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+            survivors: Sequence[RouteSpan],
+            avoid: frozenset[PeerId],
+            held: Mapping[PeerId, int],
+            replay: int,
         ) -> list[RouteSpan]:
             candidates = self.candidates(avoid)
             if self.swarm.petals:
@@ -143,7 +151,6 @@ class Gateway:
                     return fill_route([], among, layers, model="m", tokens=tokens, salt=salt)
                 except (NoRoute, Busy):
                     pass
-            replay = len(asking.machine.tokens) if avoid else 0
             return fill_route(
                 survivors, candidates, layers, model="m", tokens=tokens, salt=salt, replay=replay, held=held
             )
@@ -155,7 +162,9 @@ class Gateway:
             return choose_standby(entry, holders, tokens=tokens, busiest=BUSY_STANDBY_MS)
 
         request = Request(artefact=ARTEFACT, prompt=range(asking.prompt), max_new_tokens=asking.new)
-        asking.machine = ClientSession(asking.session, request, plan, spare=spare)
+        asking.machine = ClientSession(
+            asking.session, request, plan, spare=spare, clock=lambda: self.swarm.kernel.now
+        )
         self.askings[asking.session] = asking
         self._carry_out(asking, asking.machine.start())
 
@@ -176,18 +185,41 @@ class Gateway:
         if (asking := self.askings.get(session)) is not None:
             self._lost(asking, peer, died_at)
 
-    def _lost(self, asking: Asking, peer: PeerId, died_at: float) -> None:
+    def died(self, peer: PeerId) -> None:
+        """A peer died at this moment, which nobody knows yet: only what is measured begins."""
+        for asking in self.askings.values():
+            self._count(asking, peer, self.swarm.kernel.now)
+
+    def _count(self, asking: Asking, peer: PeerId, died_at: float) -> None:
         machine = asking.machine
         gone = next((span for span in machine.route if span.peer == peer), None)
-        if gone is not None:
-            asking.died_at = died_at if asking.died_at is None else asking.died_at
-            layers = gone.start, gone.end
-            ready = any((span.start, span.end) == layers for span in machine.standbys)
-            asking.stood_by = asking.stood_by and ready
+        if gone is None:
+            return
+        if asking.died_at is None:
+            asking.died_at, asking.died_in = died_at, machine.epoch
+        layers = gone.start, gone.end
+        ready = any((span.start, span.end) == layers for span in machine.standbys)
+        asking.stood_by = asking.stood_by and ready
+
+    def _lost(self, asking: Asking, peer: PeerId, died_at: float) -> None:
+        self._count(asking, peer, died_at)
         self._handle(asking, PeerLost(peer))
 
     def _handle(self, asking: Asking, event: Event) -> None:
         self._carry_out(asking, asking.machine.handle(event))
+        self._watch(asking)
+
+    def _watch(self, asking: Asking) -> None:
+        """Look at it again when its step would be late; most steps are in time, so seldom more than once."""
+        if not asking.wakes and (wake_at := asking.machine.wake_at) is not None:
+            asking.wakes = True
+            self.swarm.kernel.after(max(0.0, wake_at - self.swarm.kernel.now), self._wake, asking)
+
+    def _wake(self, asking: Asking) -> None:
+        asking.wakes = False
+        if asking.session in self.askings:
+            self._carry_out(asking, asking.machine.wake())
+            self._watch(asking)
 
     def _carry_out(self, asking: Asking, effects: Sequence[Effect]) -> None:
         busy = [*asking.machine.route, *asking.machine.standbys]
@@ -209,7 +241,7 @@ class Gateway:
             told.reroutes += 1
             return
         self.swarm.kernel.note("tok", event.position)
-        if asking.died_at is not None:
+        if asking.died_at is not None and asking.machine.epoch > asking.died_in:
             (told.recoveries if asking.stood_by else told.replays).append(now - asking.died_at)
             asking.died_at, asking.stood_by = None, True
         told.positions += 1

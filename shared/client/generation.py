@@ -102,6 +102,11 @@ class Generation:
         """How many positions each of them still lacks."""
         return self._machine.behind
 
+    @property
+    def replaying(self) -> dict[PeerId, int]:
+        """Of a route that has not worked yet: how many positions each peer has to compute first."""
+        return self._machine.replaying
+
     async def received(self, channel: Channel, message: PeerMessage) -> None:
         """A message of this session came in from a hop."""
         await self._inbox.put(Received(channel.peer, message, time.monotonic()))

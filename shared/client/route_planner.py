@@ -27,6 +27,9 @@ WAIT = 4.0
 In simulations with 128 and 512 sessions, 4 carried most."""
 PATIENCE = 16
 """A pause for a replay weighs as much as the same time spread over so many tokens."""
+SPREAD = 3.0
+"""By up to so many times its length a replay counts as longer, by chance, where more than one session runs:
+askers that lose one peer at the same moment, and know nothing of each other, would else meet again."""
 NOTHING_HELD: Mapping[PeerId, int] = MappingProxyType({})
 CROWD = 0.13
 """By how much one more session slows a peer's passes: four in one pass took 1.38 times as long as one."""
@@ -44,6 +47,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """Sessions that it serves now, as far as known."""
     wait_ms: float = 0.0
     """What a step waits there before it is computed."""
+    replays: Sequence[int] = ()
+    """Sessions that have just gone there: how many positions it has to compute for each."""
 
 
 def plan_route(
@@ -228,8 +233,18 @@ def _prices(
     # An unknown round trip is unknown, not zero: it costs what a hop usually costs.
     link = usual([candidate.rtt_ms for candidate in candidates], 2 * HOP_MS) / 2
     prices = [_price(candidate, pace, link, salt) for candidate in candidates]
-    passes = [1 + missing.get(candidate.peer, replay) / PATIENCE for candidate in candidates]
+    spread = SPREAD if any(candidate.sessions > 1 for candidate in candidates) else 0.0
+    passes = [
+        1 + _replayed(candidate, missing.get(candidate.peer, replay), spread, salt) / PATIENCE
+        for candidate in candidates
+    ]
     return [(fixed, count * each_layer) for (fixed, each_layer), count in zip(prices, passes, strict=True)]
+
+
+def _replayed(candidate: Candidate, positions: int, spread: float, salt: str) -> float:
+    """How many positions go through a peer until it has caught up with so many: replays take turns."""
+    shared = positions + sum(min(positions, other) for other in candidate.replays)
+    return shared * (1 + spread * _chance(candidate.peer, salt)) if shared else 0.0
 
 
 def _price(candidate: Candidate, pace: float, usual_link: float, salt: str) -> tuple[float, float]:
@@ -248,8 +263,13 @@ def usual(values: Iterable[float | None], otherwise: float) -> float:
 
 def _tie_break(peer: PeerId, salt: str) -> float:
     """Under a hundredth of a millisecond, other for every session: equal peers share the sessions."""
+    return _chance(peer, salt) / 100
+
+
+def _chance(peer: PeerId, salt: str) -> float:
+    """From 0 to 1, other for every session."""
     digest = hashlib.blake2b(f"{salt}{peer}".encode(), digest_size=2).digest()
-    return int.from_bytes(digest, "big") / 65536 / 100
+    return int.from_bytes(digest, "big") / 65536
 
 
 def _missing(candidates: Sequence[Candidate], wanted: Span, model: str) -> str:

@@ -164,8 +164,9 @@ class Finish(msgspec.Struct, frozen=True):
 
 Event = Received | PeerLost | Leaving
 Effect = Send | Emit | Finish
-Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId], Mapping[PeerId, int]], list[RouteSpan]]
-"""Given the spans that survive and the peers to avoid, a whole route. Raises NoRoute or Busy."""
+Planner = Callable[[Sequence[RouteSpan], frozenset[PeerId], Mapping[PeerId, int], int], list[RouteSpan]]
+"""Given the spans that survive, the peers to avoid, what others hold already, and how many positions somebody
+new has to compute first: a whole route. Raises NoRoute or Busy."""
 Spare = Callable[[RouteSpan, frozenset[PeerId]], PeerId | None]
 """Given an entry of the route and the peers to avoid, one that may stand by for it, if there is any."""
 PageNamer = Callable[[Sequence[int]], list[str]]
@@ -208,6 +209,8 @@ class ClientSession:
         self._awaiting: set[PeerId] = set()
         self._held: dict[PeerId, int] = {}
         """What each hop of this epoch holds, by its own word."""
+        self._expected: dict[PeerId, int] = {}
+        """The same as it was known before it said so."""
         self._scored: dict[int, Likelihood] = {}
         """How likely each token of the prompt was, by its position; kept until the first token is drawn."""
         self._sure = self._limit
@@ -272,9 +275,17 @@ class ClientSession:
         """How many positions those who stand by still lack, by their own word."""
         return {each.peer: len(self.tokens) - each.position for each in self._standbys if each.ready}
 
+    @property
+    def replaying(self) -> dict[PeerId, int]:
+        """Of a route that has not worked yet: how many positions each peer has to compute first."""
+        if self._proven or self._state == "over":
+            return {}
+        held = self._expected | self._held
+        return {peer: len(self.tokens) - held.get(peer, 0) for peer in self.peers}
+
     def start(self) -> list[Effect]:
         try:
-            self.route = self._plan([], frozenset(), {})
+            self.route = self._plan([], frozenset(), {}, 0)
         except CorollaError as error:
             return self._finish(error)
         return self._open()
@@ -582,6 +593,10 @@ class ClientSession:
         effects = self._dismiss_useless()
         for index, entry in enumerate(self.route):
             standby = self._standbys.of(entry) or self._recruit(entry)
+            if standby is not None and self._falls_behind(standby) and (other := self._another(entry)):
+                self._unfit.add(standby.peer)
+                effects += self._dismiss(standby)
+                standby = self._standbys.add(other, entry)
             if standby is None or standby.epoch == self.epoch:
                 continue
             standby.epoch = self.epoch
@@ -591,9 +606,21 @@ class ClientSession:
         return effects
 
     def _recruit(self, entry: RouteSpan) -> Standby | None:
-        known = {*self.peers, *self._standbys.peers, *self._parting, *self._leaving}
-        peer = self._spare(entry, frozenset(known | set(self._losses) | self._unfit))
+        peer = self._another(entry)
         return None if peer is None else self._standbys.add(peer, entry)
+
+    def _another(self, entry: RouteSpan) -> PeerId | None:
+        """Somebody who could stand by and does nothing for this session yet."""
+        known = {*self.peers, *self._standbys.peers, *self._parting, *self._leaving}
+        return self._spare(entry, frozenset(known | set(self._losses) | self._unfit))
+
+    def _falls_behind(self, standby: Standby) -> bool:
+        """True when it lags far and came no closer while so many tokens were drawn."""
+        if not standby.ready or standby.epoch != self.epoch:
+            return False
+        lag, before = len(self.tokens) - standby.position, standby.lags.get(len(self.tokens) - LOOK_EVERY)
+        standby.lags[len(self.tokens)] = lag
+        return before is not None and lag >= max(CLOSE, before)
 
     def _dismiss_useless(self) -> list[Effect]:
         layers = {(span.start, span.end) for span in self.route}
@@ -762,8 +789,11 @@ class ClientSession:
     ) -> list[Effect]:
         """Take another route under the next epoch."""
         gone = self.route[self.peers.index(lost)]
+        known = dict.fromkeys(self.peers, len(self.tokens)) if self._proven else self._expected | self._held
+        self._expected = {peer: held for peer, held in known.items() if peer != lost}
         for entry in route:
             if (standby := self._standbys.find(PeerId(entry.peer))) is not None:
+                self._expected[standby.peer] = standby.position
                 self._standbys.drop(standby)
         left = {*self._parting, *self.peers} - {PeerId(span.peer) for span in route}
         refused = left & self._refused
@@ -778,13 +808,13 @@ class ClientSession:
         survivors = [span for span in self.route if span.peer != lost]
         held = {standby.peer: standby.position for standby in self._standbys if standby.ready}
         try:
-            return self._plan(survivors, frozenset(self._losses) | self._refused, held)
+            return self._plan(survivors, frozenset(self._losses) | self._refused, held, len(self.tokens))
         except NoRoute:
             # Perhaps only a link broke: a peer that was lost once and is still announced gets another try.
             twice = frozenset(peer for peer, losses in self._losses.items() if losses > 1)
             if not last_resort or twice == frozenset(self._losses):
                 raise
-            return self._plan(survivors, twice | self._refused, held)
+            return self._plan(survivors, twice | self._refused, held, len(self.tokens))
 
     def _finish(self, error: CorollaError | None) -> list[Effect]:
         self._state = "over"

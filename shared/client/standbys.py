@@ -23,6 +23,8 @@ class Standby:
         """It has answered: it has room, and could be a hop at once."""
         self.position = 0
         """What it holds, by its own word."""
+        self.lags: dict[int, int] = {}
+        """How many positions it lacked when so many tokens were known."""
         self.sent = 0
         """For the first hop: the token ids that it was sent."""
 

@@ -26,7 +26,7 @@ from shared.client.probes import PROBE_S, Probes
 from shared.client.route_planner import Candidate, fill_route, plan_route, route_ms
 from shared.client.session import Drawn, Planner, Request, Rerouted, Spare
 from shared.client.standbys import choose_standby
-from shared.client.two_choices import Choice, explain, informed, two_choices
+from shared.client.two_choices import Choice, explain, informed, replays_by_peer, two_choices
 from shared.errors import Busy, ChannelClosed, ConnectionLost, CorollaError, NoRoute, ProtocolError
 from shared.identity import Identity, PeerId
 from shared.protocol import (
@@ -166,7 +166,10 @@ class SwarmClient:
         choice = await self._compare(request, tokens, salt)
 
         def plan(
-            survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+            survivors: Sequence[RouteSpan],
+            avoid: frozenset[PeerId],
+            held: Mapping[PeerId, int],
+            replay: int,
         ) -> list[RouteSpan]:
             first, candidates = self._candidates(request.artefact, avoid, request.adapter)
             layers, model = first.layer_count, first.model
@@ -175,7 +178,6 @@ class SwarmClient:
                 with contextlib.suppress(NoRoute, Busy):
                     best = fill_route([], compared, layers, model=model, tokens=tokens, salt=salt)
                     return self._where_it_began(request, best, candidates, tokens, salt)
-            replay = max([len(request.prompt), *held.values()]) if avoid else 0
             try:
                 return fill_route(
                     survivors,
@@ -245,8 +247,14 @@ class SwarmClient:
             for span in (*generation.route, *generation.standbys)
         )
         loads = self._probes.loads()
+        replays = replays_by_peer(generation.replaying for generation in self._generations.values())
         candidates = [
-            informed(self._candidate(peer), loads.get(PeerId(peer.peer)), ours[peer.peer])
+            informed(
+                self._candidate(peer),
+                loads.get(PeerId(peer.peer)),
+                ours[peer.peer],
+                replays.get(PeerId(peer.peer), ()),
+            )
             for peer in serving
             if peer.peer not in avoid and (not adapter or adapter in {one.id for one in peer.adapters})
         ]

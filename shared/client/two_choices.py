@@ -7,7 +7,7 @@ by their answers: the power of two choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -58,17 +58,31 @@ def _dearer(candidate: Candidate) -> Candidate:
     return msgspec.structs.replace(candidate, wait_ms=candidate.wait_ms + ELSEWHERE_MS)
 
 
-def informed(candidate: Candidate, load: Load | None, ours: int) -> Candidate:
-    """A candidate with what its peer said of itself just now, and with `ours`, the sessions we have there."""
+def informed(candidate: Candidate, load: Load | None, ours: int, replays: Sequence[int] = ()) -> Candidate:
+    """A candidate with what its peer said of itself just now, and with `ours`, the sessions we have there.
+
+    `replays` is what it has to compute first for those of them that have just gone there.
+    """
     if load is None:
-        return msgspec.structs.replace(candidate, sessions=max(candidate.sessions, ours))
+        return msgspec.structs.replace(candidate, sessions=max(candidate.sessions, ours), replays=replays)
     return msgspec.structs.replace(
         candidate,
         sessions=max(load.sessions, ours),
         wait_ms=load.wait_ms,
         ms_per_layer=candidate.ms_per_layer if load.ms_per_layer is None else load.ms_per_layer,
         kv_tokens_free=load.kv_tokens_free,
+        replays=replays,
     )
+
+
+def replays_by_peer(sessions: Iterable[Mapping[PeerId, int]]) -> dict[PeerId, list[int]]:
+    """What each peer has to compute first for sessions that have just gone there, from what each told."""
+    found: dict[PeerId, list[int]] = {}
+    for replaying in sessions:
+        for peer, positions in replaying.items():
+            if positions > 0:
+                found.setdefault(peer, []).append(positions)
+    return found
 
 
 def explain(

@@ -94,7 +94,11 @@ class Miniature:
     # ------------------------------------------------------------ for the session
 
     def plan(
-        self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+        self,
+        survivors: Sequence[RouteSpan],
+        avoid: frozenset[PeerId],
+        held: Mapping[PeerId, int],
+        replay: int,
     ) -> list[RouteSpan]:
         """Survivors stay, the rest is whoever comes first of those who seem to be there."""
         route = {span.start: span for span in survivors}

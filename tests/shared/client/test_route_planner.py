@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import hypothesis.strategies as st
 import msgspec
@@ -186,3 +187,36 @@ def test_who_holds_most_of_a_session_needs_not_be_the_fastest() -> None:
 
     # 25 passes' worth of a replay at 1 ms; the other one lacks 1, 5 or 10 passes' worth at 4 ms.
     assert [chosen(400 - lacks) for lacks in (16, 80, 160)] == ["slow", "slow", "fast"]
+
+
+# ---------------------------------------------------------------- many that lose the same peer
+
+PACES = {"one": 1.0, "more": 1.2, "half": 1.5, "ten": 10.0}
+
+
+def heirs(candidates: list[Candidate], sessions: int) -> Counter[str]:
+    """Where sessions of as many askers go on that lost a peer at the same moment."""
+    return Counter(
+        plan_route(candidates, Span(0, 8), model="demo", tokens=10, salt=str(number), replay=200)[0].peer
+        for number in range(sessions)
+    )
+
+
+def test_askers_that_know_nothing_of_each_other_do_not_all_choose_the_same_heir() -> None:
+    heir = {name: measured(name, 0, 8, ms_per_layer=pace, sessions=4) for name, pace in PACES.items()}
+    taken = heirs(list(heir.values()), 100)
+    assert len(taken) == 3
+    assert max(taken.values()) < 80
+    assert taken["ten"] == 0  # chance makes nobody wait for the slowest
+
+
+def test_where_peers_have_few_sessions_the_fastest_heir_is_taken() -> None:
+    assert heirs([measured(name, 0, 8, ms_per_layer=pace) for name, pace in PACES.items()], 20) == {"one": 20}
+
+
+def test_replays_take_turns_so_a_peer_that_has_some_already_is_dearer() -> None:
+    waits = msgspec.structs.replace(peer("fast", 0, 8), replays=(300, 500))
+    assert heirs([waits, peer("slow", 0, 8, ms=2.5)], 1) == {"slow": 1}
+    # Two that are almost done are no reason to go elsewhere.
+    almost = msgspec.structs.replace(waits, replays=(5, 5))
+    assert heirs([almost, peer("slow", 0, 8, ms=2.5)], 1) == {"fast": 1}

@@ -64,9 +64,14 @@ class Plan:
         self.tails = list(tails)
 
     def __call__(
-        self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+        self,
+        survivors: Sequence[RouteSpan],
+        avoid: frozenset[PeerId],
+        held: Mapping[PeerId, int],
+        replay: int,
     ) -> list[RouteSpan]:
         self.held = dict(held)
+        self.replay = replay
         tail = next((peer for peer in self.tails if peer not in avoid), None)
         if tail is None or ANN in avoid:
             raise NoRoute("no live peer serves layers 4–8 of demo")
@@ -198,7 +203,11 @@ def test_a_lost_hop_is_replaced_and_the_last_token_is_fed_again() -> None:
 def test_a_lost_first_hop_gets_its_token_ids_replayed_by_the_asker() -> None:
     class AnyFirst(Plan):
         def __call__(
-            self, survivors: Sequence[RouteSpan], avoid: frozenset[PeerId], held: Mapping[PeerId, int]
+            self,
+            survivors: Sequence[RouteSpan],
+            avoid: frozenset[PeerId],
+            held: Mapping[PeerId, int],
+            replay: int,
         ) -> list[RouteSpan]:
             return [RouteSpan(EVE if ANN in avoid else ANN, 0, 4), RouteSpan(BOB, 4, 8)]
 
@@ -568,6 +577,60 @@ def test_a_standby_that_is_lost_or_has_no_room_is_replaced_in_silence() -> None:
     assert machine.standbys == []
     assert not any(isinstance(effect, Emit) for effect in effects)
     assert machine.epoch == 0
+
+
+def draw_until(machine: ClientSession, end: int) -> list[Effect]:
+    return [effect for position in range(len(machine.tokens), end) for effect in draw(machine, position)]
+
+
+def test_a_standby_that_gets_no_closer_is_exchanged_for_another_one() -> None:
+    third = PeerId("d" * 64)
+    machine = followed(ZOE, YVES, third)
+    draw(machine, 40)
+    ready(machine, YVES)
+    looks = [draw_until(machine, end) for end in (95, 96, 160)]
+    # At 64 it was looked at for the first time.
+    assert [opens(effects) for effects in looks[:2]] == [[], [(third, 0, 1, True)]]
+    assert [send.peer for send in sends(looks[1], Close)] == [YVES]
+    assert opens(looks[2]) == []
+
+
+def test_a_standby_that_lags_and_comes_closer_may_go_on_and_so_may_the_only_one() -> None:
+    machine = followed(ZOE, YVES, PeerId("d" * 64), prompt=200)
+    draw(machine, 200)
+    ready(machine, YVES)
+    for end, position in ((224, 64), (256, 128), (288, 192)):
+        assert opens(draw_until(machine, end)) == []
+        machine.handle(Received(YVES, Consumed(SESSION, 0, position)))
+
+    machine = followed(YVES, prompt=200)
+    draw(machine, 200)
+    ready(machine, YVES)
+    assert opens(draw_until(machine, 290)) == []
+
+
+def test_what_hops_compute_first_after_a_loss_is_told_until_a_token_comes() -> None:
+    machine = followed(ZOE, YVES)
+    assert machine.replaying == {ANN: 40, BOB: 40}
+    draw(machine, 40)
+    ready(machine, YVES, 32)
+    assert machine.replaying == {}
+    machine.handle(PeerLost(BOB))
+    assert machine.replaying == {ANN: 0, YVES: 9}
+    open_all(machine, 41, 16)
+    assert machine.replaying == {ANN: 0, YVES: 25}
+    draw(machine, 41)
+    assert machine.replaying == {}
+    machine.cancel()
+    assert machine.replaying == {}
+
+
+def test_the_planner_hears_how_much_somebody_new_has_to_compute() -> None:
+    machine = followed(ZOE, YVES)
+    assert machine._plan.replay == 0  # type: ignore[attr-defined]
+    draw_until(machine, 50)
+    machine.handle(PeerLost(BOB))
+    assert machine._plan.replay == 50  # type: ignore[attr-defined]
 
 
 def test_in_the_end_standbys_are_closed_too() -> None:
