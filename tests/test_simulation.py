@@ -10,6 +10,7 @@ from bench.simulation import petals
 from bench.simulation.machines import draw_machines, place_one_by_one
 from bench.simulation.swarm import Churn, SimulatedSwarm, Users
 from peer.placement import COPIES, Placed, carried
+from shared.identity import PeerId
 from shared.spans import Span, coverage
 
 LAYERS = 16
@@ -41,6 +42,29 @@ def test_answers_go_on_while_peers_die_and_every_token_comes_once() -> None:
         for asking in gateway.askings.values():
             assert len(asking.machine.tokens) <= asking.prompt + asking.new
     assert told.tokens == len(told.gaps) + len(told.first_tokens)
+
+
+def test_a_peer_that_falls_silent_is_left_for_its_standby_before_anyone_says_that_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.simulation.swarm.SILENT_PART", 1.0)
+    monkeypatch.setattr("bench.simulation.swarm.SILENT_S", 60.0)
+    machines = draw_machines(random.Random(0), 40, LAYERS)
+    users = Users(count=4, gateways=2, new=(400, 400))
+    swarm = SimulatedSwarm(machines, place_one_by_one(machines, LAYERS), LAYERS, users, seed=0)
+    swarm.run(8.0)
+    answers = [asking.machine for gateway in swarm.gateways for asking in gateway.askings.values()]
+    followed = {
+        span.peer
+        for machine in answers
+        for span in machine.route
+        if (span.start, span.end) in {(each.start, each.end) for each in machine.standbys}
+    }
+    swarm.kill(PeerId(min(followed)))
+    told = swarm.run(20.0)
+    assert told.recoveries
+    assert max(told.recoveries) < 5.0
+    assert told.failed == 0
 
 
 def test_when_the_questions_end_no_peer_holds_anything_for_them() -> None:

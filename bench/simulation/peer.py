@@ -24,6 +24,7 @@ from shared.protocol import (
     Files,
     Grant,
     Load,
+    Locate,
     Lost,
     Open,
     Opened,
@@ -80,21 +81,34 @@ class SimulatedPeer:
         self.kv_positions_free = float(machine.kv_positions)
         self._urgent: deque[Work] = deque()
         self._later: deque[Work] = deque()
+        self._pass: deque[Work] = deque()
         self._busy = False
 
     # ------------------------------------------------------------ computing
 
     def enqueue(self, work: Work) -> None:
-        (self._later if work.feeder is not None or work.hop.standby else self._urgent).append(work)
+        """Of each hop one step waits for its turn at the peer, and the others behind it, in their order."""
+        work.hop.steps.append(work)
+        if work.hop.steps[0] is work:
+            self._line_up(work)
         if not self._busy:
             self._next()
 
+    def _line_up(self, work: Work) -> None:
+        (self._later if work.feeder is not None or work.hop.standby else self._urgent).append(work)
+
+    def _over(self, work: Work) -> None:
+        steps = work.hop.steps
+        steps.popleft()
+        if steps:
+            self._line_up(steps[0])
+
     def _next(self) -> None:
-        while queue := self._urgent or self._later:
-            work = queue.popleft()
+        while work := self._take_turn():
             if work.epoch != work.hop.epoch or work.hop.over:
+                self._over(work)
                 continue
-            piece_s = PIECE_S / IN_BACKGROUND if queue is self._later else PIECE_S
+            piece_s = PIECE_S / IN_BACKGROUND if work.hop.standby else PIECE_S
             pieces = max(SMALLEST_PIECE, int(piece_s * self.machine.speed / work.hop.layers))
             count = min(work.left, pieces)
             takes_s = count * work.hop.layers / self.machine.speed
@@ -106,22 +120,32 @@ class SimulatedPeer:
             self.swarm.kernel.after(takes_s, self._computed, work, count)
             return
 
+    def _take_turn(self) -> Work | None:
+        """As `peer/serving/batcher.py` chooses: all single positions and one piece of longer steps.
+
+        What standbys are sent waits until there is nothing else.
+        """
+        if not self._pass:
+            longer = next((work for work in self._urgent if work.left > 1), None)
+            self._pass.extend(work for work in self._urgent if work.left == 1 or work is longer)
+            self._urgent = deque(work for work in self._urgent if work.left > 1 and work is not longer)
+        queue = self._pass or self._later
+        return queue.popleft() if queue else None
+
     def _computed(self, work: Work, count: int) -> None:
         self._busy = False
         if not self.alive:
             return
         work.left -= count
+        work.position += count
+        if work.epoch == work.hop.epoch and not work.hop.over:
+            work.hop.computed(work, count, last=not work.left)
         if work.left:
-            work.position += count
-            if work.epoch == work.hop.epoch and not work.hop.over:
-                work.hop.computed(work, count, last=False)
-            self.enqueue(work)
+            self._line_up(work)
         else:
-            work.position += count
-            if work.epoch == work.hop.epoch and not work.hop.over:
-                work.hop.computed(work, count, last=True)
-            if not self._busy:
-                self._next()
+            self._over(work)
+        if not self._busy:
+            self._next()
 
     # ------------------------------------------------------------ messages of askers
 
@@ -144,6 +168,9 @@ class SimulatedPeer:
                 if hop is not None and hop.epoch == message.epoch:
                     hop.tee = [message.peer, message.position, message.position]
                     hop.pump_tee()
+            case Locate(session=session):
+                if (hop := self.hops.get(session)) is not None:
+                    self.swarm.tell(self, gateway, Consumed(session, hop.epoch, hop.held))
             case Close(session=session):
                 self.forget(session)
             case Renew() | Probe() | Fetch():
@@ -209,6 +236,7 @@ class SimulatedPeer:
             self.forget(session)
         self._urgent.clear()
         self._later.clear()
+        self._pass.clear()
 
 
 class Hop:
@@ -224,6 +252,8 @@ class Hop:
         self.held = 0
         self.standby = False
         self.over = False
+        self.steps: deque[Work] = deque()
+        """What it has to compute: the first waits for its turn, or is being computed."""
         self.tee: list[object] = []
         """The standby of the next hop, up to where it was sent copies, and what it has consumed."""
         self._credit = 0

@@ -289,6 +289,8 @@ class SimulatedSwarm:
         self._placed = None
         self._changes += 1
         peer.end()
+        for gateway in self.gateways:
+            gateway.died(who)
         notice_s = SILENT_S if self.numbers.random() < SILENT_PART else CLOSED_S
         self._dead[who] = self.kernel.now, self.kernel.now + notice_s
         self.kernel.after(notice_s, self._noticed, who, self.kernel.now)
