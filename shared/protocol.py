@@ -114,7 +114,8 @@ class Announcement(Struct, frozen=True, kw_only=True, gc=False):
     throughput: Annotated[float, Meta(ge=0, le=1e12)] | None = None
     """Positions through one layer in a second, with as many sessions as pay; None while unmeasured."""
     movable: bool = False
-    """It chose its layers itself, and takes others when that helps the swarm."""
+    """It chose its layers itself, and takes others when that helps the swarm; not again until anyone joins or
+    leaves."""
     sessions: Count = 0
     """Sessions that it serves."""
     wait_ms: Milliseconds = 0.0

@@ -273,7 +273,7 @@ class ClientSession:
     @property
     def behind(self) -> dict[PeerId, int]:
         """How many positions those who stand by still lack, by their own word."""
-        return {each.peer: len(self.tokens) - each.position for each in self._standbys if each.ready}
+        return {each.peer: self._lag(each) for each in self._standbys if each.ready}
 
     @property
     def replaying(self) -> dict[PeerId, int]:
@@ -618,7 +618,7 @@ class ClientSession:
         """True when it lags far and came no closer while so many tokens were drawn."""
         if not standby.ready or standby.epoch != self.epoch:
             return False
-        lag, before = len(self.tokens) - standby.position, standby.lags.get(len(self.tokens) - LOOK_EVERY)
+        lag, before = self._lag(standby), standby.lags.get(len(self.tokens) - LOOK_EVERY)
         standby.lags[len(self.tokens)] = lag
         return before is not None and lag >= max(CLOSE, before)
 
@@ -694,7 +694,11 @@ class ClientSession:
 
     def _is_close(self, standby: Standby) -> bool:
         """True when nobody would see a pause if it became a hop now."""
-        return standby.ready and standby.epoch == self.epoch and len(self.tokens) - standby.position < CLOSE
+        return standby.ready and standby.epoch == self.epoch and self._lag(standby) < CLOSE
+
+    def _lag(self, standby: Standby) -> int:
+        """How many positions it still lacks, by its own word."""
+        return len(self.tokens) - standby.position
 
     def _look(self) -> list[Effect]:
         """The step is late: ask every hop how far it is."""
@@ -762,7 +766,7 @@ class ClientSession:
         else:
             self._refused.add(lost)
         standby = self._standbys.ready(gone)
-        if standby is not None and len(self.tokens) - standby.position < AT_ONCE:
+        if standby is not None and self._lag(standby) < AT_ONCE:
             return self._go_by(self._without(lost, standby), lost, "lost", stood_by=True)
         try:
             route = self._replan(lost, last_resort=standby is None)
