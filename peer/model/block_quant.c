@@ -14,14 +14,16 @@ Rows and columns are filled up with zeros to whole tiles and blocks. Activations
 of 32 as well. Inside a block everything is whole numbers; blocks are added in order with fused
 multiply-adds. So every processor, every number of threads and every number of rows gives the same bits. */
 
+#include "lanes.h"
+
 #include <math.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
-#define TILE 16
+#define TILE LANES
 #define BLOCK 32
 #define QUADS (BLOCK / 4)
+#define MOST 4 /* rows at a time; with 8 the compiler keeps sums in memory and is a quarter slower */
 #define PANEL 64 /* activation rows that are kept in the second-level cache while the weights pass by */
 
 /* ---------------------------------------------------------------- sixteen lanes on each processor
@@ -29,12 +31,9 @@ multiply-adds. So every processor, every number of threads and every number of r
 sums: 16 int32. floats: 16 float. DOT adds to `sums` the products of 64 bytes of biased weights with 4
 activations. START is what the sums begin with, so that the bias of the weights cancels. */
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
-#define MOST 4 /* rows at a time; with 8 the compiler keeps sums in memory and is a quarter slower */
+#ifdef WITH_AVX512
 typedef __m512i bytes;
 typedef __m512i sums;
-typedef __m512 floats;
 static inline bytes load(const uint8_t *from) { return _mm512_loadu_si512(from); }
 static inline bytes low_half(bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
 static inline bytes high_half(bytes both) { return low_half(_mm512_srli_epi16(both, 4)); }
@@ -46,24 +45,11 @@ static inline sums dot(sums into, bytes weights, const int8_t *quad, int bias)
     (void)bias;
     return _mm512_dpbusd_epi32(into, weights, _mm512_set1_epi32(four));
 }
-static inline floats zero(void) { return _mm512_setzero_ps(); }
-static inline floats load_scales(const _Float16 *from)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-}
-static inline floats add_block(floats into, sums block, floats scales, float scale)
-{
-    return _mm512_fmadd_ps(_mm512_mul_ps(scales, _mm512_set1_ps(scale)), _mm512_cvtepi32_ps(block), into);
-}
-static inline void store(float *to, floats from) { _mm512_storeu_ps(to, from); }
+static inline floats whole(sums from) { return _mm512_cvtepi32_ps(from); }
 
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
-#define MOST 4
+#elif defined(WITH_AVX2)
 typedef struct { __m256i part[2]; } bytes;
 typedef struct { __m256i part[2]; } sums;
-typedef struct { __m256 part[2]; } floats;
-#define BOTH(value) {{value(0), value(1)}}
 static inline bytes load(const uint8_t *from)
 {
 #define PART(p) _mm256_loadu_si256((const __m256i *)(from + 32 * p))
@@ -107,34 +93,16 @@ static inline sums dot(sums into, bytes weights, const int8_t *quad, int bias)
     return (sums)BOTH(PART);
 #undef PART
 }
-static inline floats zero(void) { return (floats){{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
-static inline floats load_scales(const _Float16 *from)
+static inline floats whole(sums from)
 {
-#define PART(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + 8 * p)))
+#define PART(p) _mm256_cvtepi32_ps(from.part[p])
     return (floats)BOTH(PART);
 #undef PART
-}
-static inline floats add_block(floats into, sums block, floats scales, float scale)
-{
-    __m256 same = _mm256_set1_ps(scale);
-#define PART(p) \
-    _mm256_fmadd_ps(_mm256_mul_ps(scales.part[p], same), _mm256_cvtepi32_ps(block.part[p]), into.part[p])
-    return (floats)BOTH(PART);
-#undef PART
-}
-static inline void store(float *to, floats from)
-{
-    _mm256_storeu_ps(to, from.part[0]);
-    _mm256_storeu_ps(to + 8, from.part[1]);
 }
 
-#elif defined(__ARM_NEON) && defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#define MOST 4
+#else
 typedef struct { int8x16_t part[4]; } bytes;
 typedef struct { int32x4_t part[4]; } sums;
-typedef struct { float32x4_t part[4]; } floats;
-#define EACH for (int p = 0; p < 4; p++)
 static inline bytes load(const uint8_t *from)
 {
     bytes to;
@@ -167,29 +135,19 @@ static inline sums dot(sums into, bytes weights, const int8_t *quad, int bias)
     EACH into.part[p] = vdotq_s32(into.part[p], veorq_s8(weights.part[p], flip), same);
     return into;
 }
-static inline floats zero(void)
+static inline floats whole(sums from)
 {
     floats to;
-    EACH to.part[p] = vdupq_n_f32(0);
+    EACH to.part[p] = vcvtq_f32_s32(from.part[p]);
     return to;
 }
-static inline floats load_scales(const _Float16 *from)
-{
-    floats to;
-    EACH to.part[p] = vcvt_f32_f16(vld1_f16((const float16_t *)from + 4 * p));
-    return to;
-}
+#endif
+
+/* A block's sum with its scales, added to those before. */
 static inline floats add_block(floats into, sums block, floats scales, float scale)
 {
-    EACH into.part[p] =
-        vfmaq_f32(into.part[p], vmulq_n_f32(scales.part[p], scale), vcvtq_f32_s32(block.part[p]));
-    return into;
+    return fused(times(scales, same(scale)), whole(block), into);
 }
-static inline void store(float *to, floats from) { EACH vst1q_f32(to + 4 * p, from.part[p]); }
-
-#else
-#error "this processor has neither AVX2 nor NEON with dot products"
-#endif
 
 /* ---------------------------------------------------------------- activations */
 
@@ -224,10 +182,8 @@ static void round_row(const float *row, int columns, int8_t *rounded, float *sca
 
 /* ---------------------------------------------------------------- products */
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* One tile of weights with `count` rows of activations; `results` are [rows][outputs]. */
-INLINE void multiply_tile(const uint8_t *values, const _Float16 *weight_scales, const int8_t *rounded,
+INLINE void multiply_tile(const uint8_t *values, const uint16_t *weight_scales, const int8_t *rounded,
                           const float *scales, const int32_t *totals, float *results, int outputs, int wanted,
                           int blocks, int bits, int count)
 {
@@ -262,7 +218,7 @@ INLINE void multiply_tile(const uint8_t *values, const _Float16 *weight_scales, 
             }
             values += 32 * QUADS;
         }
-        floats tile_scales = load_scales(weight_scales + block * TILE);
+        floats tile_scales = widen(weight_scales + block * TILE);
         for (int row = 0; row < count; row++)
             result[row] = add_block(result[row], sum[row], tile_scales, scales[row * blocks + block]);
     }
@@ -277,11 +233,10 @@ INLINE void multiply_tile(const uint8_t *values, const _Float16 *weight_scales, 
     }
 }
 
-INLINE void multiply(const uint8_t *values, const uint16_t *half_scales, const float *inputs, int rows,
+INLINE void multiply(const uint8_t *values, const uint16_t *weight_scales, const float *inputs, int rows,
                      int outputs, int columns, int bits, int8_t *rounded, float *scales, int32_t *totals,
                      float *results, int threads)
 {
-    const _Float16 *weight_scales = (const _Float16 *)half_scales;
     const int blocks = (columns + BLOCK - 1) / BLOCK, tiles = (outputs + TILE - 1) / TILE;
     const int padded = blocks * BLOCK;
     const size_t tile_bytes = (size_t)blocks * TILE * BLOCK * bits / 8;

@@ -1,37 +1,23 @@
 """Weights in blocks of 32 with a scale each, 8 or 4 bits a number, multiplied by our own C kernel.
 
-The kernel (`block_quant.c`) is compiled for this machine's processor when it is first asked for, and kept in
-the data directory. Relative error on random weights: 0.5 % with 8 bits, 8 % with 4; rounded activations add
-another 0.5 %. A row gives the same bits alone, among others, and on every processor.
+Relative error on random weights: 0.5 % with 8 bits, 8 % with 4; rounded activations add another 0.5 %. A row
+gives the same bits alone, among others, and on every processor.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from peer.model.errors import NoKernel
+from peer.model import native
 from peer.model.unread import Matrix, pieces
 from peer.model.weights import Weights
 
-SOURCE = Path(__file__).with_name("block_quant.c")
 TILE = 16
 BLOCK = 32
-
-FLAGS = ("-O3", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off")
-"""No fused multiply-adds but those that are written: they would round differently with each compiler."""
-
-BUILD_S = 120.0
 
 
 class BlockQuantized(Weights):
@@ -108,65 +94,14 @@ class BlockQuantized(Weights):
         return {"values": self._values, "scales": self._scales}
 
 
-@cache
 def kernel(directory: Path) -> Any:  # noqa: ANN401 - functions of a C library
     """The compiled kernel, built into `directory` if it is not there yet. Raises NoKernel."""
-    compiler = next(filter(None, (shutil.which(name) for name in _compilers())), None)
-    if compiler is None:
-        raise NoKernel("there is no C compiler on this machine (cc, gcc or clang)")
-    library = directory / f"block_quant-{_fingerprint(compiler)}.so"
-    if not library.exists():
-        _build(compiler, library)
-    loaded = ctypes.CDLL(str(library))
+    library = native.library("block_quant", directory)
     address, number = ctypes.c_void_p, ctypes.c_int
     multiply = [address] * 3 + [number] * 3 + [address] * 4 + [number]
-    loaded.multiply_8.argtypes = loaded.multiply_4.argtypes = multiply
-    loaded.pack.argtypes = [address, number, number, number, address, address, number]
-    loaded.unpack.argtypes = [address, address, number, number, number, address, number]
-    for function in (loaded.multiply_8, loaded.multiply_4, loaded.pack, loaded.unpack):
+    library.multiply_8.argtypes = library.multiply_4.argtypes = multiply
+    library.pack.argtypes = [address, number, number, number, address, address, number]
+    library.unpack.argtypes = [address, address, number, number, number, address, number]
+    for function in (library.multiply_8, library.multiply_4, library.pack, library.unpack):
         function.restype = None
-    return loaded
-
-
-def _compilers() -> list[str]:
-    chosen = os.environ.get("CC")
-    return [chosen] if chosen else ["cc", "gcc", "clang"]
-
-
-def _fingerprint(compiler: str) -> str:
-    """Of all that decides what the library does and where it runs: source, flags, compiler, processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_S).stdout
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    digest.update(" ".join(FLAGS).encode() + version + _processor())
-    return digest.hexdigest()[:16]
-
-
-def _processor() -> bytes:
-    """Its kind and instructions: a home directory may be shared by several machines."""
-    told = platform.machine() + platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return told.encode()
-    return (
-        told + "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
-    ).encode()
-
-
-def _build(compiler: str, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    errors = ""
-    # Some compilers come without OpenMP; the kernel then computes on one core.
-    for threads in (["-fopenmp"], []):
-        with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as file:
-            made = Path(file.name)
-        command = [compiler, *FLAGS, native, *threads, str(SOURCE), "-o", str(made), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
-        if done.returncode == 0:
-            # In one step, since another peer may build the same at this moment.
-            made.replace(library)
-            return
-        made.unlink()
-        errors = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-    raise NoKernel(f"{compiler} could not compile the kernel for this processor ({errors})")
+    return library

@@ -1,7 +1,6 @@
-"""Weights as FBGEMM packs them: float16 in memory, float32 in every sum. x86 only.
+"""Weights as FBGEMM packs them: float16 in memory, float32 in every sum. x86 only, and without a compiler.
 
-Half the memory of float32 and so up to twice its speed at one row, 3 to 5 times when rows are batched, since
-torch's float32 product takes M times as long for M = 2 to 4 rows. Relative error 2e-4.
+The same numbers as `fp16` multiplies, at two thirds of its speed, and in memory that is filled up more.
 """
 
 from __future__ import annotations

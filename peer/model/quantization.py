@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from peer.model import block_quant, packed_fp16
+from peer.model import block_quant, fp16, packed_fp16
 from peer.model.bits_and_bytes import LlmInt8, Nf4
 from peer.model.block_quant import BlockQuantized
 from peer.model.errors import NoKernel
+from peer.model.fp16 import Fp16
 from peer.model.int8 import Int8
 from peer.model.packed_fp16 import PackedFp16
 from peer.model.unread import Matrix, Unread
@@ -54,7 +55,7 @@ class Quantization:
 
     @property
     def cacheable(self) -> bool:
-        """Whether its numbers can be kept in files. FBGEMM's layout cannot, and packing it is fast."""
+        """Whether its numbers are worth files of their own: those of fp16 are made as fast as read."""
         return self.layers.restore is not None
 
 
@@ -96,9 +97,7 @@ def _for_cuda(asked: str) -> Quantization:
 
 def _for_cpu(asked: str, kernels: Path) -> Quantization:
     if asked == "fp16":
-        if not packed_fp16.available():
-            raise SettingsError("--quantize fp16 needs an x86 processor: write none or int8")
-        form = Form("fp16", PackedFp16)
+        form = _fp16_form(kernels)
         return Quantization("fp16", form, form, ROWS)
     if asked == "int8":
         form = Form("int8", Int8.pack, _restore_int8)
@@ -113,6 +112,19 @@ def _for_cpu(asked: str, kernels: Path) -> Quantization:
         raise SettingsError(f"--quantize {asked} is not possible here: {error}; int8 needs none") from error
     # The head decides between tokens and is a small part of most models: it keeps 8 bits.
     return Quantization(asked, eight if asked == "int8-fast" else four, eight, ROWS, rounds=True)
+
+
+def _fp16_form(kernels: Path) -> Form:
+    """Our kernel's, or FBGEMM's where it cannot be built: both multiply with the same numbers."""
+    try:
+        return Form("fp16", partial(Fp16, fp16.kernel(kernels)))
+    except NoKernel as error:
+        if not packed_fp16.available():
+            raise SettingsError(
+                f"--quantize fp16 is not possible here: {error}; write none or int8"
+            ) from error
+        log.info("weights are multiplied by FBGEMM, at two thirds of our kernel's speed: %s", error)
+        return Form("fp16", PackedFp16)
 
 
 def _restore_int8(tensors: Mapping[str, torch.Tensor], _: int, inputs: int) -> Weights:

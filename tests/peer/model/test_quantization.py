@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peer.model import block_quant, packed_fp16, quantized_cache
+from peer.model import block_quant, fp16, native, packed_fp16, quantized_cache
 from peer.model.block_quant import kernel
 from peer.model.checkpoint import open_checkpoint
 from peer.model.errors import NoKernel
@@ -37,12 +37,11 @@ def test_a_cpu_takes_fp16_by_itself_unless_a_dtype_was_asked_for() -> None:
     assert name_of("auto", torch.bfloat16) == name_of("auto", torch.bfloat16, CUDA) == "none"
 
 
-def test_a_processor_without_fbgemm_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_of_another_kind_stays_exact_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_fp16, "available", lambda: False)
 
     assert name_of("auto") == "none"
-    with pytest.raises(SettingsError, match="needs an x86 processor"):
-        name_of("fp16")
+    assert name_of("fp16") == "fp16"
 
 
 def test_the_same_word_has_another_name_where_it_means_other_numbers() -> None:
@@ -81,8 +80,8 @@ def test_nf4_on_a_cpu_is_taken_with_a_warning(caplog: pytest.LogCaptureFixture) 
 def test_a_kernel_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel(tmp_path)
     (built,) = tmp_path.iterdir()
-    kernel.cache_clear()
-    monkeypatch.setattr(block_quant, "_build", None)
+    native.library.cache_clear()
+    monkeypatch.setattr(native, "_build", None)
 
     assert kernel(tmp_path).multiply_8
     assert list(tmp_path.iterdir()) == [built]
@@ -106,6 +105,45 @@ def test_processors_with_fewer_instructions_give_the_same_bits(
         ours, theirs = (block_quant.BlockQuantized.pack(built, bits, weight) for built in (here, there))
         assert torch.equal(ours.dense(), theirs.dense())
         assert torch.equal(ours.forward(x), theirs.forward(x))
+    half, other_half = (fp16.Fp16(fp16.kernel(built), weight) for built in (kernels(), tmp_path / "kernels"))
+    assert torch.equal(half.forward(x), other_half.forward(x))
+
+
+@pytest.mark.parametrize("problem", ["no compiler", "no threads"])
+def test_without_our_kernel_fp16_is_multiplied_by_fbgemm(
+    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(70, 200), torch.randn(9, 200)
+    ours = quantization("fp16").layers.pack(weight)
+    if problem == "no compiler":
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        compiler = tmp_path / "cc"
+        compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec cc "$@"\n')
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CC", str(compiler))
+
+    with caplog.at_level(logging.INFO):
+        chosen = choose("fp16", torch.float32, CPU, tmp_path / "kernels")
+
+    assert chosen is not None
+    assert chosen.name == "fp16"
+    theirs = chosen.layers.pack(weight)
+    assert isinstance(theirs, packed_fp16.PackedFp16)
+    assert torch.equal(theirs.dense(), ours.dense())
+    assert torch.allclose(theirs.forward(x), ours.forward(x), rtol=1e-4, atol=1e-4)
+    assert "multiplied by FBGEMM" in caplog.text
+
+
+def test_without_any_kernel_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_fp16, "available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+
+    with pytest.raises(SettingsError, match=r"no C compiler .* write none or int8"):
+        choose("fp16", torch.float32, CPU, tmp_path / "kernels")
 
 
 def test_without_a_compiler_the_sentence_tells_what_to_do(
@@ -188,7 +226,7 @@ def test_a_head_without_weights_of_its_own_gets_some(name: str, tmp_path: Path) 
         states = first.forward(tokens, first.new_cache(0, 3, 9), 0)
         results.append(last.forward(states, last.new_cache(3, 6, 9), 0))
         # The embedding itself is not kept where nobody looks tokens up.
-        assert last.weights_bytes < first.weights_bytes + 2 * 96 * (512 if name == "fp16" else 32)
+        assert last.weights_bytes < first.weights_bytes + 2 * 96 * 32
 
     assert torch.equal(*results)
 
