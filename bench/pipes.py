@@ -11,7 +11,7 @@ import asyncio
 import socket
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import Literal, cast
@@ -298,10 +298,14 @@ class ChannelPipe(Pipe):
     def reply(self, message: bytes) -> None:
         self._replies.append(message)
 
-    async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
-        if bytes(body[:5]) == b"hello":
-            return
-        self.on_message(body)
+    def _handle(
+        self, channel: Channel, message: PeerMessage, body: memoryview, path: Path
+    ) -> Awaitable[None] | None:
+        if bytes(body[:5]) != b"hello":
+            self.on_message(body)
+        return self._send_replies(channel) if self._replies else None
+
+    async def _send_replies(self, channel: Channel) -> None:
         while self._replies:
             reply = self._replies.pop(0)
             await channel.send(_step(len(reply)), reply, Priority.DECODE)

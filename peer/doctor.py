@@ -314,5 +314,5 @@ async def _path_to(dialer: Dialer, peer: Announcement) -> Finding:
     return Finding(what=what, state="mind" if report.kind == "relayed" else "well", says=report.words())
 
 
-async def _ignore(channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
+def _ignore(channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
     """A doctor serves nobody."""

@@ -294,6 +294,7 @@ class Peer:
         before = self.layers
         # The old layers go first: there is seldom memory for both.
         await self._stop_serving()
+        gc.unfreeze()
         await asyncio.to_thread(gc.collect)
         self.layers = span
         await self.announce("joining")
@@ -409,12 +410,10 @@ class Peer:
 
     # ------------------------------------------------------------ channels
 
-    async def _handle(
-        self, channel: Channel, message: PeerMessage, body: bytes | memoryview, path: Path
-    ) -> None:
+    def _handle(self, channel: Channel, message: PeerMessage, body: bytes | memoryview, path: Path) -> None:
         if self.service is None:
             raise ProtocolError("this peer is still loading its layers")
-        await self.service.handle(channel, message, body, path)
+        self.service.handle(channel, message, body, path)
 
     def _channel_closed(self, channel: Channel) -> None:
         if self.service is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import NewType
 
@@ -66,6 +67,7 @@ def verify(peer: PeerId, domain: str, payload: bytes, signature: bytes) -> None:
         raise BadSignature(f"{domain} record is not signed by {short(peer)}") from None
 
 
+@lru_cache(maxsize=4096)
 def id_bytes(peer: PeerId) -> bytes:
     """The 32 bytes of an id. Raises ProtocolError when the text is not an id."""
     try:

@@ -11,9 +11,9 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, TypeVarTuple, assert_never
+from typing import Generic, Self, TypeVar, TypeVarTuple, assert_never
 
 import aiohttp
 from msgspec import Struct
@@ -40,7 +40,7 @@ from shared.protocol import (
     peer_id,
 )
 from shared.settings import relay_url
-from shared.short_way import ShortWay, shorten
+from shared.short_way import ClientWriter, ShortWay, client_writer, shorten
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +86,11 @@ class Listeners(Generic[*Args]):
 
     def tell(self, *args: *Args) -> None:
         for callback in self._callbacks:
-            _call(callback, *args)
-
-
-def _call(callback: Callable[[*Args], None], *args: *Args) -> None:
-    try:
-        callback(*args)
-    except Exception:
-        # A mistake in one listener must not cost the others their connection.
-        log.exception("a listener of the relay connection failed")
+            try:
+                callback(*args)
+            except Exception:
+                # A mistake in one listener must not cost the others their connection.
+                log.exception("a listener of the relay connection failed")
 
 
 class RelayClient:
@@ -135,7 +131,8 @@ class RelayClient:
         self._link: _Link | None = None
         self._last_announcement: SignedRecord | None = None
         self._will_announce = False
-        self._watchers: list[tuple[str | None, Callable[[SignedRecord], None]]] = []
+        self._watched: dict[str | None, None] = {}
+        self._on_record: Listeners[SignedRecord] = Listeners()
         self._lookups: dict[int, _LookupState] = {}
         self._next_request = 1
         self._task: asyncio.Task[None] | None = None
@@ -189,7 +186,8 @@ class RelayClient:
 
         Records may come twice, or be of another model that is watched here too.
         """
-        self._watchers.append((model, callback))
+        self._watched[model] = None
+        self._on_record(callback)
         if self._link is not None:
             self._link.post(self._watch_request(model))
 
@@ -220,7 +218,14 @@ class RelayClient:
         Raises ConnectionLost while not connected. A frame that cannot be delivered is told by `on_gone` or
         `on_dropped`.
         """
-        await self._connected_link().send_bytes(b"".join((id_bytes(peer), *parts)))
+        frame = id_bytes(peer), *parts
+        link = self._connected_link()
+        if not link.write_at_once(frame):
+            await link.send_bytes(b"".join(frame))
+
+    def send_at_once(self, peer: PeerId, *parts: bytes | bytearray | memoryview) -> bool:
+        """The same without waiting; False when that would have to wait. Raises ConnectionLost."""
+        return self._connected_link().write_at_once((id_bytes(peer), *parts))
 
     def _connected_link(self) -> _Link:
         if self._link is None:
@@ -349,7 +354,7 @@ class RelayClient:
         self.second_stun_port = welcome.second_stun_port
         if self._last_announcement is not None:
             link.post(Announce(self._last_announcement))
-        for model in dict.fromkeys(model for model, _ in self._watchers):
+        for model in self._watched:
             link.post(self._watch_request(model))
         log.info("connected to the relay at %s", self.url)
         self.connected.set()
@@ -436,8 +441,7 @@ class RelayClient:
         waiting = self._lookups.get(found.request)
         if waiting is None:
             for record in found.records:
-                for _, callback in self._watchers:
-                    _call(callback, record)
+                self._on_record.tell(record)
             return
         waiting.records.extend(found.records)
         if len(waiting.records) > MAX_FOUND_RECORDS:
@@ -474,18 +478,16 @@ class _Link:
     """The sending half of one connection: a short queue with one writer.
 
     One task waits, because aiohttp lets all senders wait on one future, which any cancelled sender would
-    cancel for the others. What finds nothing in its way is written at once, without a turn of the event loop.
+    cancel for the others. Frames that find nothing in their way are written at once.
     """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse, url: str) -> None:
         self._socket = socket
         self._url = url
+        self._writer: ClientWriter | None = client_writer(socket)
         self._queue: deque[tuple[aiohttp.WSMsgType, bytes]] = deque()
         self._queued_bytes = 0
-        self._begun: _Begun | None = None
-        """A frame whose writing began at once and then had to wait."""
-        self._waiting = False
-        """Whether the writer has nothing to do, so that a frame may go past it."""
+        """Of those in the queue, and of the one that is being written."""
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -499,6 +501,14 @@ class _Link:
         await self._room()
         self._put(aiohttp.WSMsgType.BINARY, data)
 
+    def write_at_once(self, parts: Iterable[bytes | bytearray | memoryview]) -> bool:
+        """Write a frame if nothing is in its way; else False. Raises ConnectionLost."""
+        if self._closed:
+            raise self._lost()
+        if self._queued_bytes or self._writer is None:
+            return False
+        return self._writer.write(parts, OUTGOING_BYTES)
+
     def post(self, message: ToRelay) -> None:
         """Queue a message without waiting: for the few that a connection starts with."""
         self._put(aiohttp.WSMsgType.TEXT, encode(message))
@@ -511,16 +521,13 @@ class _Link:
         """Write what is queued until cancelled, or until the connection ends."""
         try:
             while True:
-                if self._begun is not None:
-                    begun, self._begun = self._begun, None
-                    await begun
-                    self._written(begun.size)
                 while self._queue:
                     kind, data = self._queue.popleft()
                     await self._socket.send_frame(data, kind)
-                    self._written(len(data))
+                    self._queued_bytes -= len(data)
+                    if self._queued_bytes < OUTGOING_BYTES:
+                        self._drained.set()
                 self._filled.clear()
-                self._waiting = True
                 await self._filled.wait()
         except (aiohttp.ClientError, OSError):
             # The reading half meets the same end and tells it.
@@ -531,49 +538,15 @@ class _Link:
             self._drained.clear()
             await self._drained.wait()
         if self._closed:
-            raise ConnectionLost(f"the connection to the relay at {self._url} ended")
+            raise self._lost()
 
-    def _written(self, size: int) -> None:
-        self._queued_bytes -= size
-        if self._queued_bytes < OUTGOING_BYTES:
-            self._drained.set()
+    def _lost(self) -> ConnectionLost:
+        return ConnectionLost(f"the connection to the relay at {self._url} ended")
 
     def _put(self, kind: aiohttp.WSMsgType, data: bytes) -> None:
-        if self._waiting and not self._closed:
-            self._write_at_once(kind, data)
-        else:
-            self._queue.append((kind, data))
-            self._queued_bytes += len(data)
-            self._filled.set()
-
-    def _write_at_once(self, kind: aiohttp.WSMsgType, data: bytes) -> None:
-        """Give the connection a frame; when it must wait, the writer waits with it."""
-        writing = self._socket.send_frame(data, kind)
-        try:
-            waits_for = writing.send(None)
-        except StopIteration:
-            return
-        except (aiohttp.ClientError, OSError):
-            # The reading half meets the same end and tells it.
-            self.close()
-            return
-        self._begun = _Begun(writing, waits_for, len(data))
+        self._queue.append((kind, data))
         self._queued_bytes += len(data)
-        self._waiting = False
         self._filled.set()
-
-
-class _Begun:
-    """The rest of a coroutine that was stepped once, for a task to await."""
-
-    def __init__(self, writing: Coroutine[Any, Any, None], waits_for: object, size: int) -> None:
-        self._writing = writing
-        self._waits_for = waits_for
-        self.size = size
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        yield self._waits_for
-        yield from self._writing.__await__()
 
 
 def retry_delay(failures: int, retry_after_s: float, chance: float) -> float:

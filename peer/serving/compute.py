@@ -185,7 +185,7 @@ def _forward(span: Span, rows: Sequence[tuple[Work, Row]]) -> list[tuple[Work, R
 
 def row_bytes(span: Span) -> int:
     """Bytes of one position's hidden states on the wire, where they travel as computed, without rounding."""
-    return span.hidden_size * torch.tensor([], dtype=span.dtype).element_size()
+    return span.hidden_size * span.dtype.itemsize
 
 
 def wire_dtype(span: Span) -> WireDtype:

@@ -216,9 +216,7 @@ class Service:
 
     # ------------------------------------------------------------ messages
 
-    async def handle(
-        self, channel: Channel, message: PeerMessage, body: bytes | memoryview, path: Path
-    ) -> None:
+    def handle(self, channel: Channel, message: PeerMessage, body: bytes | memoryview, path: Path) -> None:
         """Take one message. Raises ProtocolError for one that no honest participant sends us."""
         arrived = time.perf_counter()
         match message:

@@ -89,9 +89,10 @@ class Pace(NamedTuple):
 WATCHED = Pace(tick_s=0.1, ping=3, standby_ping=30, distrust=6, dead=12)
 IDLE = Pace(tick_s=1.0, ping=3, standby_ping=9, distrust=7, dead=10)
 
-Handler = Callable[["Channel", PeerMessage, memoryview, Path], Awaitable[None]]
-"""Takes the messages of a channel, one after the other. Until it returns, the sender's window shrinks, so it
-must never wait for room in a channel: hand the message on, or two full channels wait for each other."""
+Handler = Callable[["Channel", PeerMessage, memoryview, Path], Awaitable[None] | None]
+"""Takes the messages of a channel, one after the other, where they are read. What it returns is waited for
+before the next one, and the sender's window shrinks meanwhile, so that must never be room in a channel: hand
+the message on, or two full channels wait for each other."""
 MakeDirect = Callable[[tuple[str, int] | None, Callable[[Link, bytes], None], Callable[[], None]], DirectLink]
 DirectPath = DirectLink | SocketLink
 
@@ -159,7 +160,9 @@ class Channel:
         self._outbound = Outbound()
         self._inbound = Inbound()
         self._senders: dict[Splitter, asyncio.Future[None]] = {}
-        self._arrived = asyncio.Event()
+        self._waits_for: Awaitable[None] | None = None
+        """What the handler wants to see done before the next message."""
+        self._stirred = asyncio.Event()
         self._credit_timer: asyncio.TimerHandle | None = None
         self._path: Link | None = relayed if relayed.up else None
         """What carries frames now."""
@@ -323,7 +326,7 @@ class Channel:
         """Hand messages to the handler and seek a direct link, until closed."""
         self._running = True
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._handle())
+            tasks.create_task(self._wait_for_handler())
             seeking = [tasks.create_task(self._upgrade.run()), tasks.create_task(self._sockets.run())]
             await self.closed.wait()
             await _end(seeking)
@@ -348,7 +351,7 @@ class Channel:
                 self._tell(link, Bye(reason[:1000]))
         self.reason = reason
         self.closed.set()
-        self._arrived.set()
+        self._stirred.set()
         if not self._running:
             self._links_stopped.set()
         self._timer.cancel()
@@ -449,16 +452,21 @@ class Channel:
             if header.kind == PEER_WIRE:
                 self._inbound.push(header, frame, link.path)
                 if self._inbound.inbox:
-                    self._arrived.set()
+                    self._hand_on()
                 else:
                     self._credit_later()
             else:
                 self._told(link, decode(memoryview(frame)[HEADER_BYTES:], ChannelMessage))
-        except ProtocolError as error:
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the channel, not the process, for what the peer sent or what we made of it."""
+        if isinstance(error, ProtocolError):
             self.end(str(error), bye=True)
-        except Exception:
-            log.exception("a frame of %s met an error of ours", short(self.peer))
-            self.end("an error on this side", bye=True)
+            return
+        log.error("what %s sent met an error of ours", short(self.peer), exc_info=error)
+        self.end("an error on this side", bye=True)
 
     def _told(self, link: Link, message: ChannelMessage) -> None:
         match message:
@@ -501,27 +509,41 @@ class Channel:
         self._choose()
         self._pump()
 
-    async def _handle(self) -> None:
-        """Hand on one message after the other. What a handler raises ends the channel, not the process."""
-        while not self.closed.is_set():
-            arrived = self._inbound.next()
-            if arrived is None:
-                self._arrived.clear()
-                await self._arrived.wait()
-                continue
+    def _hand_on(self) -> None:
+        """Give the handler one message after the other, until it wants to be waited for."""
+        while self._waits_for is None and (arrived := self._inbound.next()) is not None:
+            if self.closed.is_set():
+                return
             try:
                 message = decode(arrived.message.meta, PeerMessage)
-                await self._handler(self, message, arrived.message.body, arrived.path)
-            except ProtocolError as error:
-                self.end(str(error), bye=True)
-            except Exception:
-                log.exception("a message of %s met an error of ours", short(self.peer))
-                self.end("an error on this side", bye=True)
-            else:
-                # Freed before the sender hears that there is room.
-                del arrived
+                self._waits_for = self._handler(self, message, arrived.message.body, arrived.path)
+            except Exception as error:
+                self._fail(error)
+                return
+            # Freed before the sender hears that there is room.
+            del arrived
+            if self._waits_for is not None:
+                self._stirred.set()
+            elif not self.closed.is_set():
                 self._inbound.handled()
                 self._credit_later()
+
+    async def _wait_for_handler(self) -> None:
+        """Wait for what a message needs, and go on with those behind it."""
+        while self._waits_for is not None or not self.closed.is_set():
+            if self._waits_for is None:
+                self._stirred.clear()
+                await self._stirred.wait()
+                continue
+            try:
+                await self._waits_for
+            except Exception as error:
+                self._fail(error)
+            self._waits_for = None
+            if not self.closed.is_set():
+                self._inbound.handled()
+                self._credit_later()
+                self._hand_on()
 
     # ------------------------------------------------------------ paths
 

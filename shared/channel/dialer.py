@@ -320,7 +320,7 @@ class Dialer:
     def _listen(self, meeting: Meeting) -> None:
         relay = meeting.relay
         relay.on_signal(lambda signal: self._on_signal(meeting, signal))
-        relay.on_frame(lambda peer, sealed: self._frame(meeting, peer, sealed))
+        relay.on_frame(partial(self._frame, meeting))
         relay.on_gone(lambda peer: self._gone(meeting, peer))
         relay.on_dropped(self._dropped)
         relay.on_state(lambda connected: self._state(meeting, connected))

@@ -53,6 +53,7 @@ class Relay(Protocol):
     def send_frame(
         self, peer: PeerId, *parts: bytes | bytearray | memoryview
     ) -> Coroutine[Any, Any, None]: ...
+    def send_at_once(self, peer: PeerId, *parts: bytes | bytearray | memoryview) -> bool: ...
 
 
 class Meeting:
@@ -83,21 +84,15 @@ class Meeting:
 
     def send(self, peer: PeerId, header: bytes, sealed: bytes) -> None:
         """Pass a frame on at once when nothing is in its way, else queue it."""
-        if not self._queue and self._send_at_once(peer, header, sealed):
-            return
+        if not self._queue:
+            try:
+                if self.relay.send_at_once(peer, header, sealed):
+                    return
+            except ConnectionLost:
+                return
         self._queue.append((peer, header, sealed))
         self._queued_bytes += len(sealed)
         self._filled.set()
-
-    def _send_at_once(self, peer: PeerId, header: bytes, sealed: bytes) -> bool:
-        """True unless the relay connection would have to wait; saves a turn of the event loop per token."""
-        sending = self.relay.send_frame(peer, header, sealed)
-        try:
-            sending.send(None)
-        except (StopIteration, ConnectionLost):
-            return True
-        sending.close()
-        return False
 
     async def run(self) -> None:
         """Pass on what waits, until cancelled."""

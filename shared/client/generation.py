@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -107,9 +107,13 @@ class Generation:
         """Of a route that has not worked yet: how many positions each peer has to compute first."""
         return self._machine.replaying
 
-    async def received(self, channel: Channel, message: PeerMessage) -> None:
-        """A message of this session came in from a hop."""
-        await self._inbox.put(Received(channel.peer, message, time.monotonic()))
+    def received(self, channel: Channel, message: PeerMessage) -> Awaitable[None] | None:
+        """A message of this session came in from a hop. Gives what to wait for when too many others wait."""
+        event = Received(channel.peer, message, time.monotonic())
+        if self._inbox.full():
+            return self._inbox.put(event)
+        self._inbox.put_nowait(event)
+        return None
 
     def channel_closed(self, channel: Channel) -> None:
         """Only the channel in use counts: an old one may close after its peer was dialled anew."""

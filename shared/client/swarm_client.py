@@ -8,7 +8,7 @@ import itertools
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -351,11 +351,13 @@ class SwarmClient:
         """Open channels: what carries each now, and why nothing better does."""
         return {peer: channel.report() for peer, channel in self._dialer.channels.items()}
 
-    async def _handle(self, channel: Channel, message: PeerMessage, body: memoryview, path: Path) -> None:
+    def _handle(
+        self, channel: Channel, message: PeerMessage, body: memoryview, path: Path
+    ) -> Awaitable[None] | None:
         match message:
             case Opened() | Decline() | Consumed() | Scored() | Token() | Failed() | Lost():
                 if generation := self._generations.get(message.session):
-                    await generation.received(channel, message)
+                    return generation.received(channel, message)
             case Load():
                 self._probes.heard(channel.peer, message)
             case Files(request=request):
@@ -368,6 +370,7 @@ class SwarmClient:
                 pass  # an asker named us as a hop: the peer that fell for it serves our sessions as well
             case _:
                 raise ProtocolError(f"a {type(message).__name__} is for peers, and I serve no layers")
+        return None
 
     def _channel_closed(self, channel: Channel) -> None:
         self.calls.channel_closed(channel)

@@ -73,9 +73,13 @@ class EvilConnection:
             self._loop.call_soon(self._relay.deliver_signal, passed)
 
     async def send_frame(self, peer: PeerId, *parts: bytes | bytearray | memoryview) -> None:
+        self.send_at_once(peer, *parts)
+
+    def send_at_once(self, peer: PeerId, *parts: bytes | bytearray | memoryview) -> bool:
         self._check(peer)
         for sealed in self._relay.frames(self._peer, peer, b"".join(parts)):
             self._loop.call_soon(self._relay.deliver_frame, self._peer, peer, sealed)
+        return True
 
     def _check(self, receiver: PeerId) -> None:
         if not self.connected.is_set():

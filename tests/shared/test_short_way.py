@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from relay.app import Relay
 from relay.settings import RelaySettings
-from shared.short_way import BINARY, TEXT, ShortWay, server_frame, shorten
+from shared.short_way import BINARY, TEXT, ShortWay, client_writer, server_frame, shorten
 from tests.relay.parties import party, soon
 
 MASK = b"\x11\x22\x33\x44"
@@ -215,3 +215,35 @@ async def test_frames_pass_a_relay_by_the_short_way_alone(monkeypatch: pytest.Mo
         for size in (0, 1, 1000, 65_536):
             await ann.client.send_frame(bob.id, bytes(size))
             assert await soon(bob.heard.frames) == (ann.id, bytes(size))
+
+
+async def test_where_a_client_cannot_write_by_itself_aiohttp_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.relay_client.client_writer", lambda socket: None)
+    async with Relay(RelaySettings(port=0)) as relay, party(relay) as ann, party(relay) as bob:
+        assert not ann.client.send_at_once(bob.id, b"now")
+        for size in (0, 1000, 65_536):
+            await ann.client.send_frame(bob.id, bytes(size))
+            assert await soon(bob.heard.frames) == (ann.id, bytes(size))
+
+
+async def test_a_relay_of_another_make_reads_what_a_client_writes_by_itself() -> None:
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def serve(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for message in socket:
+            heard.put_nowait(message.data)
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/", serve)
+    async with TestServer(app) as server, aiohttp.ClientSession() as http:
+        async with http.ws_connect(server.make_url("/")) as socket:
+            writer = client_writer(socket)
+            assert writer is not None
+            for size in (0, 1, 125, 126, 65_535, 65_536):
+                payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
+                assert writer.write((payload[: size // 3], memoryview(payload)[size // 3 :]), 1 << 20)
+                assert await heard.get() == payload
+            assert not writer.write((b"no room",), 0)
