@@ -238,12 +238,15 @@ async def test_a_relay_of_another_make_reads_what_a_client_writes_by_itself() ->
 
     app = web.Application()
     app.router.add_get("/", serve)
-    async with TestServer(app) as server, aiohttp.ClientSession() as http:
-        async with http.ws_connect(server.make_url("/")) as socket:
-            writer = client_writer(socket)
-            assert writer is not None
-            for size in (0, 1, 125, 126, 65_535, 65_536):
-                payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
-                assert writer.write((payload[: size // 3], memoryview(payload)[size // 3 :]), 1 << 20)
-                assert await heard.get() == payload
-            assert not writer.write((b"no room",), 0)
+    async with (
+        TestServer(app) as server,
+        aiohttp.ClientSession() as http,
+        http.ws_connect(server.make_url("/")) as socket,
+    ):
+        writer = client_writer(socket)
+        assert writer is not None
+        for size in (0, 1, 125, 126, 65_535, 65_536):
+            payload = bytes(range(256)) * (size // 256) + bytes(size % 256)
+            assert writer.write((payload[: size // 3], memoryview(payload)[size // 3 :]), 1 << 20)
+            assert await heard.get() == payload
+        assert not writer.write((b"no room",), 0)
