@@ -200,6 +200,7 @@ INLINE void multiply_tile(const uint8_t *values, const uint16_t *weight_scales, 
         if (bits == 8) {
 #pragma GCC unroll 1
             for (int quad = 0; quad < QUADS; quad++) {
+                expect(values + 64 * quad);
                 bytes weights = load(values + 64 * quad);
                 for (int row = 0; row < count; row++)
                     sum[row] = dot(sum[row], weights, from + row * padded + 4 * quad, bias);
@@ -208,6 +209,7 @@ INLINE void multiply_tile(const uint8_t *values, const uint16_t *weight_scales, 
         } else {
 #pragma GCC unroll 1
             for (int quad = 0; quad < QUADS / 2; quad++) {
+                expect(values + 64 * quad);
                 bytes both = load(values + 64 * quad);
                 bytes low = low_half(both), high = high_half(both);
                 for (int row = 0; row < count; row++) {

@@ -11,7 +11,6 @@ same bits. */
 #include <string.h>
 
 #define TILE (2 * LANES)
-#define AHEAD 4096 /* bytes; without it one core gets a fifth less out of the memory */
 #define PANEL 48 /* rows of activations that stay in the second-level cache while the weights pass by */
 
 /* How many rows meet a whole tile, or one half of it, so that all sums fit in registers. */
@@ -58,7 +57,7 @@ INLINE void multiply_lanes(const uint16_t *weights, const float *turned, int col
 #pragma GCC unroll 2
     for (int column = 0; column < columns; column++) {
         floats weight[2];
-        __builtin_prefetch(weights + AHEAD / sizeof(uint16_t));
+        expect(weights);
         for (int half = 0; half < halves; half++)
             weight[half] = widen(weights + half * LANES);
         for (int row = 0; row < count; row++) {

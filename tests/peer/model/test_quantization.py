@@ -125,7 +125,7 @@ def test_without_our_kernel_fp16_is_multiplied_by_fbgemm(
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         chosen = choose("fp16", torch.float32, CPU, tmp_path / "kernels")
 
     assert chosen is not None
