@@ -294,6 +294,7 @@ class Peer:
         before = self.layers
         # The old layers go first: there is seldom memory for both.
         await self._stop_serving()
+        # `python -m peer` has frozen what was loaded, the layers that go among it.
         gc.unfreeze()
         await asyncio.to_thread(gc.collect)
         self.layers = span

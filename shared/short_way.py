@@ -4,7 +4,7 @@ aiohttp gives each message a place in a queue, a future, and a turn of the reade
 more than all that it does with a frame. A `ShortWay` stands before aiohttp's parser and takes whole binary
 messages (RFC 6455 §5.2); text, pings, fragments and the end go on to aiohttp, and so does everything that
 follows a message which the reader's task has not handled yet: the order stays. `server_frame` and
-`client_frame` make whole messages for the transport, with one copy instead of four.
+`ClientWriter` make whole messages for the transport, with one copy instead of four.
 
 It leans on three private names of aiohttp, `_payload_parser`, `_conn` and `websocket_mask`. Where one is
 missing, all messages go the long way.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
+import secrets
 from collections.abc import Callable, Iterable
 from functools import cache
 from struct import Struct
@@ -88,16 +88,11 @@ class ShortWay:
         place, size = 0, len(data)
         while place < size:
             if not self._passing:
-                frame = _frame_at(data, place, size)
+                frame = _frame_at(data, place)
                 if frame is None:
                     return self._wait_for(data[place:], size - place + 1)
                 payload_at, end = frame
-                if (
-                    data[place] == BINARY
-                    and not self._behind
-                    and end - payload_at <= _LONGEST_BYTES
-                    and (data[place + 1] >= _MASKED) == (self._unmask is not None)
-                ):
+                if self._is_short(data[place], data[place + 1], end - payload_at):
                     if end > size:
                         return self._wait_for(data[place:], end - place)
                     if self._took(data, payload_at, end):
@@ -115,6 +110,15 @@ class ShortWay:
 
     def feed_eof(self) -> None:
         self._parser.feed_eof()
+
+    def _is_short(self, first: int, second: int, size: int) -> bool:
+        masked = second & _MASKED != 0
+        return (
+            first == BINARY
+            and not self._behind
+            and size <= _LONGEST_BYTES
+            and masked == (self._unmask is not None)
+        )
 
     def _took(self, data: bytes, start: int, end: int) -> bool:
         if self._unmask is None:
@@ -157,8 +161,8 @@ class ClientWriter:
         transport = self._transport
         if transport.get_write_buffer_size() >= most_waiting or transport.is_closing():
             return False
-        # The key need not be a secret, only chosen anew (RFC 6455 §10.3): aiohttp takes it from there too.
-        key = random.getrandbits(32).to_bytes(_MASK_BYTES, "big")
+        # Anew for each message, and so that nobody can foresee it (RFC 6455 §5.3).
+        key = secrets.token_bytes(_MASK_BYTES)
         payload = bytearray().join(parts)
         self._mask(key, payload)
         transport.writelines((_head(BINARY, len(payload), _MASKED) + key, payload))
@@ -187,18 +191,18 @@ def _head(kind: int, size: int, masked: int = 0) -> bytes:
     return _HEAD_64.pack(kind, masked | 127, size)
 
 
-def _frame_at(data: bytes, place: int, size: int) -> tuple[int, int] | None:
+def _frame_at(data: bytes, place: int) -> tuple[int, int] | None:
     """Where the payload of the frame that begins at `place` starts and ends; None while that is not known."""
-    if size < place + 2:
+    if len(data) < place + 2:
         return None
     length = data[place + 1] & ~_MASKED
     start = place + 2
     if length == 126:
-        if size < (start := start + _LENGTH_16.size):
+        if len(data) < (start := start + _LENGTH_16.size):
             return None
         (length,) = _LENGTH_16.unpack_from(data, place + 2)
     elif length == 127:
-        if size < (start := start + _LENGTH_64.size):
+        if len(data) < (start := start + _LENGTH_64.size):
             return None
         (length,) = _LENGTH_64.unpack_from(data, place + 2)
     if data[place + 1] & _MASKED:

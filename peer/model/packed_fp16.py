@@ -9,10 +9,9 @@ import math
 
 import torch
 
+from peer.model.fp16 import LARGEST
 from peer.model.unread import Matrix, pieces
 from peer.model.weights import Weights
-
-LARGEST = torch.finfo(torch.float16).max
 
 BLOCK = 512
 """Inputs that FBGEMM keeps together; the last block is filled up, and so takes more than was read."""

@@ -123,9 +123,7 @@ def _fp16_form(kernels: Path) -> Form:
             raise SettingsError(
                 f"--quantize fp16 is not possible here: {error}; write none or int8"
             ) from error
-        log.warning(
-            "weights are multiplied by FBGEMM; with a C compiler it would be half as fast again: %s", error
-        )
+        log.warning("weights are multiplied by FBGEMM; our own kernel would be half as fast again: %s", error)
         return Form("fp16", PackedFp16)
 
 
