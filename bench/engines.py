@@ -72,7 +72,9 @@ class OneSpan:
         clock = Clock()
         token = 1
         for step in range(count + 1):
-            logits = self.span.forward(torch.tensor([[token]]), self._cache, position + step)
+            row = self.span.row(torch.tensor([[token]]), self._cache, position + step)
+            (logits,) = self.span.forward_rows([row])
+            assert logits is not None
             token = int(logits.argmax())
             clock.mark()
         return clock.times()

@@ -21,6 +21,8 @@ from peer.serving.executor import Executor
 from shared.background import Background
 from shared.protocol import Sampling, Step, Tensor
 
+WARM_UP = 8
+"""Tokens of each session before it counts: a span learns its steps from the first few."""
 GREEDY = Draw(Sampling(), [], 0)
 
 
@@ -56,7 +58,7 @@ async def rates(
 
     The span begins at layer 0. Every session begins behind the same `context` positions.
     """
-    capacity = context + 2 + tokens * rounds
+    capacity = context + WARM_UP + tokens * rounds
     found: dict[int, list[float]] = {width: [] for width in widths}
     async with Executor() as executor, Background() as tasks:
         batcher = Batcher(span, executor)
@@ -68,7 +70,7 @@ async def rates(
             for width in widths
         }
         for chats in groups.values():
-            await asyncio.gather(*(chat.draw(2) for chat in chats))
+            await asyncio.gather(*(chat.draw(WARM_UP) for chat in chats))
         for _ in range(rounds):
             for width, chats in groups.items():
                 began = time.perf_counter()

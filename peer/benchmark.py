@@ -31,7 +31,8 @@ BATCHES = (1, 4, 16)
 """Sessions in one pass. On every device we know, more than sixteen bring little on top."""
 HELD = 64
 """Positions that each session holds: attention to a context costs something, in a typical chat not much."""
-REPEATS = 5
+REPEATS = 8
+"""The first few learn the step; the others take what it takes from then on."""
 FRESH_S = 7 * 24 * 3600.0
 """A measure is taken again after that time: the machine may have been busy with something else."""
 TRIED = 256

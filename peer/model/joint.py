@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from peer.model.kv_cache import KVCache
+from peer.model.recording import aside
 
 NAME = "corolla_joint"
 
@@ -52,8 +54,10 @@ class JointCache(Cache):
         """Layers whose attention was computed here."""
         self._gathers = gathers
         self._windows = caches[0].windows
-        self._window: int | None = None
-        self._shown: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+        self._made = (torch.empty(0), torch.empty(0), 0)
+        """The last layer's new keys and values, and its number."""
+        self._lengths: list[int] = []
+        """Positions of each session that the family was given, one behind the other."""
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def positions(self, _: int) -> torch.Tensor:
@@ -61,65 +65,90 @@ class JointCache(Cache):
         parts = zip(self.caches, self.counts, strict=True)
         return torch.cat([cache.positions(count) for cache, count in parts])
 
+    def start_over(self) -> None:
+        """Forget what this pass has kept so far."""
+        for cache in self.caches:
+            cache.truncate(cache.length)
+        self.written = self.attended = 0
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep each session's part of [1, heads, total, width], for the attention that follows to look at."""
-        self._shown = [
-            cache.update(keys, values, layer_idx)
-            for cache, keys, values in zip(
-                self.caches,
-                torch.split(key_states, self.counts, 2),
-                torch.split(value_states, self.counts, 2),
-                strict=True,
-            )
-        ]
-        self._window = self._windows[layer_idx]
+        """Take [1, heads, total, width] of all sessions: each keeps its part when attention follows."""
         self.written += 1
+        self._made = key_states, value_states, layer_idx
         if not self._gathers:
             return key_states, value_states
-        keys, values = zip(*self._shown, strict=True)
+        shown = self._keep(key_states, value_states, layer_idx)
+        self._lengths = [keys.shape[2] for keys, _ in shown]
+        keys, values = zip(*shown, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
     def attend(
         self,
-        module: nn.Module,
         query: torch.Tensor,
         made: tuple[torch.Tensor, torch.Tensor],
-        scaling: float | None,
-        eager: Any,  # noqa: ANN401 - a family's own function
+        attention: Attention,
         extras: dict[str, Any],
     ) -> torch.Tensor:
-        """Queries [1, heads, total, width] against what the last layer kept: [1, total, heads, width].
+        """Queries [1, heads, total, width] against what each session keeps: [1, total, heads, width].
 
         `made` are the keys and values that the family made of what it was given.
         """
         self.attended += 1
-        if self._gathers:
-            lengths = [keys.shape[2] for keys, _ in self._shown]
-            self._shown = list(zip(*(torch.split(part, lengths, 2) for part in made), strict=True))
+        keys, values, layer = self._made
+        if not self._gathers:
+            # How much is kept differs from step to step, so in a recording this is a call of its own.
+            return aside(_keep_and_look, query, keys, values, layer, attention, extras)
+        parts = (torch.split(part, self._lengths, 2) for part in made)
+        return self._look(query, list(zip(*parts, strict=True)), layer, attention, extras)
+
+    def keep_and_look(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        layer: int,
+        attention: Attention,
+        extras: dict[str, Any],
+    ) -> torch.Tensor:
+        """Let each session keep its part of a layer's new keys and values, and compute attention."""
+        return self._look(query, self._keep(keys, values, layer), layer, attention, extras)
+
+    def _keep(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each session's part goes to its cache; gives what it may look at."""
+        parts = (torch.split(states, self.counts, 2) for states in (keys, values))
+        return [
+            cache.update(mine, its_values, layer)
+            for cache, mine, its_values in zip(self.caches, *parts, strict=True)
+        ]
+
+    def _look(
+        self,
+        query: torch.Tensor,
+        shown: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        layer: int,
+        attention: Attention,
+        extras: dict[str, Any],
+    ) -> torch.Tensor:
         outputs = []
-        for queries, (keys, values) in zip(torch.split(query, self.counts, 2), self._shown, strict=True):
-            count, shown = queries.shape[2], keys.shape[2]
-            mask = None if count == 1 else self._mask(count, shown, query.device)
-            if eager is None:
-                outputs.append(_grouped_attention(queries, keys, values, mask, scaling))
-                continue
-            if mask is not None:
-                lowest = torch.finfo(query.dtype).min
-                mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)[None, None]
-            outputs.append(eager(module, queries, keys, values, mask, scaling=scaling, **extras)[0])
+        for queries, (keys, values) in zip(torch.split(query, self.counts, 2), shown, strict=True):
+            count, length = queries.shape[2], keys.shape[2]
+            mask = None if count == 1 else self._mask(count, length, self._windows[layer], query.device)
+            outputs.append(attention.compute(queries, keys, values, mask, extras))
         return torch.cat(outputs, 1)
 
-    def _mask(self, count: int, shown: int, device: torch.device) -> torch.Tensor:
+    def _mask(self, count: int, shown: int, window: int | None, device: torch.device) -> torch.Tensor:
         """Which of the shown positions [count, shown] each of the last `count` may look at."""
-        key = (count, shown, self._window)
+        key = (count, shown, window)
         if key not in self._masks:
             mine = torch.arange(shown - count, shown, device=device)[:, None]
             theirs = torch.arange(shown, device=device)
             allowed = theirs <= mine
-            if self._window is not None:
-                allowed &= theirs > mine - self._window
+            if window is not None:
+                allowed &= theirs > mine - window
             self._masks[key] = allowed
         return self._masks[key]
 
@@ -156,6 +185,35 @@ class JointCache(Cache):
 
     def __len__(self) -> int:
         return len(self._windows)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """How the module of one layer looks at one session's keys and values."""
+
+    module: nn.Module
+    scaling: float | None
+    eager: Any
+    """The family's own function, where torch's does not do."""
+
+    def compute(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        extras: dict[str, Any],
+    ) -> torch.Tensor:
+        """[1, heads, count, width] in, [1, count, heads, width] out; the mask says who looks at what."""
+        if self.eager is None:
+            return _grouped_attention(queries, keys, values, mask, self.scaling)
+        if mask is not None:
+            lowest = torch.finfo(queries.dtype).min
+            mask = torch.zeros_like(mask, dtype=queries.dtype).masked_fill(~mask, lowest)[None, None]
+        output: torch.Tensor = self.eager(
+            self.module, queries, keys, values, mask, scaling=self.scaling, **extras
+        )[0]
+        return output
 
 
 def _grouped_attention(
@@ -239,7 +297,14 @@ def _attend(
         raise NotImplementedError("attention with a position bias is not computed for several sessions")
     cache: JointCache = _RUNNING.cache
     eager = sys.modules[type(module).__module__].eager_attention_forward if _RUNNING.eager else None
-    return cache.attend(module, query, (key, value), scaling, eager, extras), None
+    attention = Attention(module, scaling, eager)
+    return cache.attend(query, (key, value), attention, extras if eager else {}), None
+
+
+def _keep_and_look(*arguments: Any) -> torch.Tensor:  # noqa: ANN401 - those of the cache's own
+    """By the sessions of this step, whichever those are."""
+    cache: JointCache = _RUNNING.cache
+    return cache.keep_and_look(*arguments)
 
 
 _register: Any = AttentionInterface.register

@@ -17,7 +17,8 @@ import inspect
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -38,6 +39,7 @@ from peer.model.anatomy import (
     survey,
 )
 from peer.model.checkpoint import Checkpoint
+from peer.model.cuda_graphs import Graph, graphs
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.extras import NOTHING, Adapter, Extras, matrix_shape
 from peer.model.joint import Joining, JointCache, may_join
@@ -46,6 +48,7 @@ from peer.model.packing import Joiner, Packer
 from peer.model.quantization import Quantization
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.source import Progress
+from peer.model.steps import Steps
 from peer.model.unread import Unread
 
 log = logging.getLogger(__name__)
@@ -53,6 +56,9 @@ log = logging.getLogger(__name__)
 ROUNDED = 0.1
 """How far one session's numbers may lie from the same made in another order, where activations are rounded: a
 last digit can change a rounding, and that an expert's choice. Looking at another session changes more."""
+
+RECORDED = 16
+"""Sessions of a pass, at most, whose calls of torch are recorded: in wider ones Python takes little time."""
 
 
 @dataclass
@@ -118,6 +124,7 @@ class Span:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._token_bytes: list[int] = []
         self._joining: Joining | None = None
+        self.record_steps(graphs(device))
         self._buffer: type[Buffer] = Buffer
 
     @classmethod
@@ -162,6 +169,17 @@ class Span:
     def joins_sessions(self) -> bool:
         """True when one forward pass can serve several sessions; else they are computed one by one."""
         return self._joining is not None
+
+    @property
+    def recorded_steps(self) -> int:
+        """Kinds of steps that are run from recordings by now."""
+        return self._steps.trusted
+
+    def record_steps(
+        self, graph: Callable[[], Graph] | None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Forget all recordings; from now on, capture new ones in such graphs, or in none."""
+        self._steps = Steps(self.device, partial(_tensors, self._model), self._same, graph, clock)
 
     @property
     def weights_bytes(self) -> int:
@@ -313,10 +331,20 @@ class Span:
             place for end, row in zip(ends, rows, strict=True) for place in range(end - row.wanted, end)
         ]
         joint = joining.cache([row.cache for row in rows], counts)
+
+        def compute(inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            result = self._run(inputs, _visit(inputs, cache, wanted), joint, positions)
+            if (joint.written, joint.attended) != (cache.end - cache.start,) * 2:
+                raise UnsupportedModel("its attention cannot be computed for several sessions at once")
+            return result
+
         with self._running, joining.through(joint):
-            result = self._run(inputs, _visit(inputs, cache, wanted), joint)
-        if (joint.written, joint.attended) != (cache.end - cache.start,) * 2:
-            raise UnsupportedModel("its attention cannot be computed for several sessions at once")
+            positions = self._moved(joint.positions(len(counts)), torch.int64)[None]
+            if self._comes_again(rows):
+                kind = (cache.start, cache.end, len(rows), rows[0].wanted)
+                result = self._steps.run(kind, compute, joint.start_over, inputs, positions)
+            else:
+                result = compute(inputs, positions)
         for row in rows:
             row.cache.commit(1, row.count)
         if cache.end < self.layer_count:
@@ -326,29 +354,52 @@ class Span:
         shares = torch.split(result, [row.wanted for row in rows], 1)
         return [share if row.wanted else None for share, row in zip(shares, rows, strict=True)]
 
-    def _run(self, inputs: torch.Tensor, visit: Visit, cache: KVCache | JointCache | None) -> torch.Tensor:
-        """Hidden states, or float32 logits [batch, wanted, vocab] where the model ends."""
+    def _comes_again(self, rows: Sequence[Row]) -> bool:
+        """Whether a pass differs by its numbers alone from others that come: one position of each session."""
+        return (
+            len(rows) <= RECORDED
+            and self._joining is not None
+            and not self._joining.gathers
+            and rows[0].cache.adapter is None
+            and all(row.count == 1 and row.wanted == rows[0].wanted for row in rows)
+        )
+
+    def _run(
+        self,
+        inputs: torch.Tensor,
+        visit: Visit,
+        cache: KVCache | JointCache | None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states, or float32 logits [batch, wanted, vocab] where the model ends.
+
+        `positions` [1, count] are on the device; without them, they are those that follow in the cache.
+        """
         self._visit = visit
         try:
             if visit.arrived is None:
-                logits = self._call(cache, input_ids=inputs)
+                logits = self._call(cache, positions, input_ids=inputs)
             else:
                 # Only its shape counts: the gate brings the true ones, and CTRL changes these in place.
-                logits = self._call(cache, inputs_embeds=torch.zeros_like(inputs))
+                logits = self._call(cache, positions, inputs_embeds=torch.zeros_like(inputs))
         except Reached as reached:
             return reached.hidden_states
         # A family without a head of its own could not be told before.
         return (logits if visit.narrowed else logits[:, visit.wanted]).float()
 
-    def _call(self, cache: KVCache | JointCache | None, **inputs: torch.Tensor) -> torch.Tensor:
+    def _call(
+        self, cache: KVCache | JointCache | None, positions: torch.Tensor | None, **inputs: torch.Tensor
+    ) -> torch.Tensor:
         """The family's own forward pass, to logits. The inputs are [batch, count, ...]."""
         arguments: dict[str, Any] = {**inputs, "past_key_values": cache, "use_cache": cache is not None}
         if self._takes_positions:
             batch, count = next(iter(inputs.values())).shape[:2]
-            positions = cache.positions(count) if cache is not None else torch.arange(count)
-            if (told := self._visit.extras.positions) is not None:
-                positions = told
-            arguments["position_ids"] = self._moved(positions, torch.int64).expand(batch, -1)
+            if positions is None:
+                positions = cache.positions(count) if cache is not None else torch.arange(count)
+                if (told := self._visit.extras.positions) is not None:
+                    positions = told
+                positions = self._moved(positions, torch.int64).expand(batch, -1)
+            arguments["position_ids"] = positions
         if (mask := self._visit.extras.mask) is not None:
             arguments["attention_mask"] = self._moved(mask, torch.int64)
         logits: torch.Tensor = self._model(**arguments).logits
@@ -397,7 +448,7 @@ class Span:
         family.make_buffers(model, (part for part in model.modules() if part not in inner), device)
         cache = KVCache(0, 0, 0, self._windows)
         with device, torch.inference_mode():
-            anatomy = survey(model, layers, lambda **inputs: self._call(cache, **inputs))
+            anatomy = survey(model, layers, lambda **inputs: self._call(cache, None, **inputs))
         held = {part for layer in layers[self.start : self.end] for part in layer.modules()}
         family.make_buffers(model, held, device)
         drop_weights(inner - held)
@@ -543,6 +594,12 @@ class Span:
         first, *seconds = torch.randn(3, self.hidden_size, generator=numbers, dtype=self.dtype)
         return [torch.stack([first, second])[None] for second in seconds]
 
+    def _same(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        """Whether two ways of computing a step gave the same: to the bit, where the same kernels run."""
+        if self.device.type == "cpu":
+            return torch.equal(one, other)
+        return _close(one, other, max(1e-4, 4 * torch.finfo(self.dtype).eps))
+
     def _check_range(self, start: int, end: int) -> None:
         if not self.start <= start < end <= self.end:
             raise ValueError(
@@ -581,6 +638,13 @@ def _visit(inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> V
     """Through the layers of a cache."""
     extras = NOTHING if cache.adapter is None else Extras(adapter=cache.adapter)
     return Visit(cache.start, cache.end, None if cache.start == 0 else inputs, wanted, extras=extras)
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """All that the parts of a model hold, as parameters, as buffers or otherwise."""
+    for part in model.modules():
+        held = {**vars(part), **part._parameters, **part._buffers}
+        yield from (value for value in held.values() if isinstance(value, torch.Tensor))
 
 
 def _close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
