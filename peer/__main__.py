@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from peer.devices import in_words
 from peer.doctor import doctor
 from peer.lifecycle import Peer
 from peer.model.allocator import keep_big_temporaries
@@ -93,7 +94,10 @@ def peer(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(envvar="COROLLA_DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")
+        str,
+        typer.Option(
+            envvar="COROLLA_DEVICE", help="auto, cpu, mps, cuda (all GPUs), or GPUs: cuda:1 or cuda:0,cuda:2."
+        ),
     ] = "auto",
     dtype: Annotated[
         str,
@@ -209,7 +213,7 @@ def _tell(console: Console, peer: Peer) -> None:
     console.print(
         f"[green]serving[/] layers {peer.layers} of {peer.layer_count} of [bold]{escape(peer.model)}[/]"
         f" as [bold]{escape(peer.name)}[/] ({short(peer.identity.id)})"
-        f" on {peer.device.type} in {peer.numbers}"
+        f" on {in_words(peer.devices)} in {peer.numbers}"
     )
     relays = " and ".join(peer.relays.connected_urls)
     port = f" and on TCP port {peer.dialer.port.port}" if peer.dialer.port is not None else ""

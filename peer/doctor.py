@@ -17,12 +17,11 @@ from typing import Annotated, Literal
 
 import aioice.stun
 import msgspec
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from peer.lifecycle import device_and_dtype
+from peer.devices import choose_devices, compute_dtype, free_bytes, in_words
 from peer.settings import PeerSettings, free_memory
 from shared import event_loop
 from shared.announcement import read_announcement
@@ -95,7 +94,10 @@ def doctor(
     listen: ListenOption = "0",
     advertise: AdvertiseOption = None,
     device: Annotated[
-        str, typer.Option(envvar="COROLLA_DEVICE", help="auto, cpu, cuda, cuda:1 or mps.")
+        str,
+        typer.Option(
+            envvar="COROLLA_DEVICE", help="auto, cpu, mps, cuda (all GPUs), or GPUs: cuda:1 or cuda:0,cuda:2."
+        ),
     ] = "auto",
     show_addresses: Annotated[
         bool, typer.Option("--show-addresses", help="Tell addresses too; they say where you are.")
@@ -163,20 +165,18 @@ async def examine(settings: PeerSettings) -> AsyncIterator[Finding]:
 
 def _device(settings: PeerSettings) -> Finding:
     try:
-        device, dtype = device_and_dtype(settings)
+        devices = choose_devices(settings.device)
     except SettingsError as error:
         return Finding(what="device", state="broken", says=str(error))
-    numbers = str(dtype).removeprefix("torch.")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return Finding(what="device", state="well", says=f"{device.type} ({name}), computes in {numbers}")
-    return Finding(what="device", state="well", says=f"{device.type}, computes in {numbers}")
+    numbers = str(compute_dtype(settings, devices[0])).removeprefix("torch.")
+    return Finding(what="device", state="well", says=f"{in_words(devices)}, computes in {numbers}")
 
 
 def _memory(settings: PeerSettings) -> Finding:
-    free = free_memory()
-    if settings.device.startswith("cuda") or (settings.device == "auto" and torch.cuda.is_available()):
-        free = torch.cuda.mem_get_info()[0]
+    try:
+        free = sum(map(free_bytes, choose_devices(settings.device)))
+    except SettingsError:
+        free = free_memory()
     says = f"{free / 1e9:.1f} GB are free for layers and for the caches of chats"
     if free < 2 * 10**9:
         return Finding(

@@ -19,6 +19,7 @@ from typing import Literal, Self
 import torch
 
 from peer.benchmark import LayerSizes, Speed, SpeedBook, layer_sizes, measure_speed
+from peer.devices import choose_devices, compute_dtype, free_bytes, spread
 from peer.model.artefact import artefact_id
 from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
 from peer.model.peft_files import StoredAdapter, open_adapter
@@ -40,7 +41,7 @@ from peer.placement import (
 )
 from peer.serving.kv_budget import KvBudget
 from peer.serving.service import Offer, Service
-from peer.settings import Budget, PeerSettings, default_threads, free_memory, memory_budget
+from peer.settings import Budget, PeerSettings, default_threads, memory_budget
 from shared.announcement import LEASE_S, RENEW_EVERY_S, sign_announcement
 from shared.background import Background
 from shared.channel import Channel, Dialer
@@ -86,9 +87,11 @@ class Peer:
             direct=settings.direct,
             listen=settings.listen,
         )
-        self.device, self.dtype = device_and_dtype(settings)
+        self.devices = choose_devices(settings.device)
+        self.device = self.devices[0]
+        self.dtype = compute_dtype(settings, self.device)
         self.quantization: Quantization | None = None
-        self.memory: Budget = memory_budget(settings, _free_bytes(self.device))
+        self.memory: Budget = memory_budget(settings, sum(map(free_bytes, self.devices)))
         self.kv_budget = KvBudget(self.memory.kv_bytes)
         self.name = settings.name or socket.gethostname()[:64]
         self.model = ""
@@ -295,6 +298,7 @@ class Peer:
         # The old layers go first: there is seldom memory for both.
         await self._stop_serving()
         # `python -m peer` has frozen what was loaded, the layers that go among it.
+        frozen = gc.get_freeze_count() > 0
         gc.unfreeze()
         await asyncio.to_thread(gc.collect)
         self.layers = span
@@ -307,6 +311,9 @@ class Peer:
             )
             self.layers = before
             loaded = await self._loaded(checkpoint)
+        if frozen:
+            await asyncio.to_thread(gc.collect)
+            gc.freeze()
         await self._serve(loaded)
 
     # ------------------------------------------------------------ loading
@@ -327,6 +334,7 @@ class Peer:
             layers.end,
             dtype=self.dtype,
             device=self.device,
+            layer_devices=self._layer_devices(checkpoint, layers),
             quantization=self.quantization,
             quantized=QuantizedCache(data_directory() / "quantized" / self.artefact),
             int8_kv=self.settings.kv_dtype == "int8",
@@ -335,6 +343,20 @@ class Peer:
         if self.device.type == "cpu" and self.settings.threads is None:
             log.info("computing with %d threads", measure_threads(span, os.cpu_count() or 1))
         return span
+
+    def _layer_devices(self, checkpoint: Checkpoint, layers: Span) -> dict[int, torch.device]:
+        """Where each layer is to lie, if there are several GPUs."""
+        if len(self.devices) == 1:
+            return {}
+        sizes = layer_sizes(checkpoint, self.dtype, self.quantization, self.device)
+        ends = (sizes.first if layers.start == 0 else 0) + (
+            sizes.last if layers.end == self.layer_count else 0
+        )
+        places = spread(
+            sizes.layers[layers.start : layers.end], ends, [free_bytes(device) for device in self.devices]
+        )
+        numbered = enumerate(places, layers.start)
+        return {layer: self.devices[place] for layer, place in numbered}
 
     def _report(self, done_bytes: int, total_bytes: int) -> None:
         # A process waits for its threads when it ends, and many tensors or files may still be to come.
@@ -431,28 +453,3 @@ def much_changed(told: Announcement, now: Announcement) -> bool:
 
 def _ids(others: Sequence[Placed]) -> frozenset[PeerId]:
     return frozenset(other.peer for other in others)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Free memory where weights and caches will lie."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-
-
-def device_and_dtype(settings: PeerSettings) -> tuple[torch.device, torch.dtype]:
-    """Where and in which numbers to compute. Raises SettingsError for a device this machine does not have."""
-    device = settings.device
-    if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()  # some devices hold tensors and no numbers
-    except (RuntimeError, AssertionError):
-        raise SettingsError(
-            f"--device {device} is not on this machine; leave it out to take what is"
-        ) from None
-    if settings.dtype != "auto":
-        return found, getattr(torch, settings.dtype)
-    # bf16 and fp16 products are seven times slower than f32 on a CPU without instructions for them.
-    return found, torch.float32 if found.type == "cpu" else torch.bfloat16

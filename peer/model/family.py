@@ -218,15 +218,17 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     packing: Pack | None = None,
+    apart: Mapping[str, torch.device] | None = None,
 ) -> None:
     """Read tensors into a model, translated to the family's layout. Raises UnsupportedModel if any lacks.
 
-    `packing` gets the parameters that it wants one by one, and gives what becomes of them.
+    `apart` are modules, by their paths, that go to other devices. `packing` gets the parameters that it wants
+    one by one, and gives what becomes of them.
     """
     plan = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        device_map={"": device},
+        device_map={"": device, **(apart or {})},
         weight_mapping=cast(Any, get_model_conversion_mapping(model) or []),
         hf_quantizer=cast(Any, _PackWhileReading(packing) if packing else None),
     )

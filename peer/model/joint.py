@@ -58,7 +58,7 @@ class JointCache(Cache):
         """The last layer's new keys and values, and its number."""
         self._lengths: list[int] = []
         """Positions of each session that the family was given, one behind the other."""
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, torch.device], torch.Tensor] = {}
 
     def positions(self, _: int) -> torch.Tensor:
         """The next positions of all sessions, one session after another."""
@@ -142,7 +142,7 @@ class JointCache(Cache):
 
     def _mask(self, count: int, shown: int, window: int | None, device: torch.device) -> torch.Tensor:
         """Which of the shown positions [count, shown] each of the last `count` may look at."""
-        key = (count, shown, window)
+        key = (count, shown, window, device)
         if key not in self._masks:
             mine = torch.arange(shown - count, shown, device=device)[:, None]
             theirs = torch.arange(shown, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -17,17 +17,18 @@ from peer.model.weights import PackedWeight, Weights
 class Joiner:
     """Keeps all weights as they are, and reads the experts of a layer into the memory that they stay in."""
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device_of: Callable[[str], torch.device]) -> None:
+        """`device_of` tells where a parameter lies."""
         self._experts = family.fused_experts(model)
-        self._device = device
+        self._device_of = device_of
 
     def wants(self, name: str) -> bool:
         """Whether this parameter may be made of many tensors."""
         return name in self._experts
 
-    def pack(self, _: str, tensor: torch.Tensor) -> torch.Tensor:
+    def pack(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The numbers of one parameter."""
-        return tensor.dense(self._device) if isinstance(tensor, Unread) else tensor
+        return tensor.dense(self._device_of(name)) if isinstance(tensor, Unread) else tensor
 
 
 class Packer:

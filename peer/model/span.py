@@ -18,13 +18,15 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils import _pytree as trees
 from transformers import PreTrainedModel
 
 from peer.model import allocator, family
@@ -77,6 +79,8 @@ class Visit:
     """Of the first of the hidden states, in their text."""
     behind: list[torch.Tensor] | None = None
     """If given: what comes out of each layer goes here, and the model's ends are not reached."""
+    brought: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Tensors that layers on other devices asked for, and what was copied there, by their ids."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,27 @@ class Row:
 
 
 class Span:
-    """Layers [start, end) of a model on one device, and the ends where they touch them.
+    """Layers [start, end) of a model, and the ends where they touch them.
 
-    One forward pass runs at a time; a second caller waits.
+    They lie on one device, or runs of layers on several: a pass begins and ends on the first, where the
+    model's ends are. One forward pass runs at a time; a second caller waits.
     """
 
     def __init__(
-        self, model: PreTrainedModel, start: int, end: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: PreTrainedModel,
+        start: int,
+        end: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layer_devices: Mapping[int, torch.device] = MappingProxyType({}),
     ) -> None:
         self.start = start
         self.end = end
         self.dtype = dtype
         self.device = device
+        self.layer_devices = {layer: layer_devices.get(layer, device) for layer in range(start, end)}
+        """Where each layer lies."""
         self.layer_count = int(model.config.num_hidden_layers)
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
@@ -124,7 +137,10 @@ class Span:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._token_bytes: list[int] = []
         self._joining: Joining | None = None
-        self.record_steps(graphs(device))
+        self._apart: dict[str, torch.device] = {}
+        """The paths of the layers, and where they lie."""
+        # A graph is of one device.
+        self.record_steps(None if self._spread else graphs(device))
         self._buffer: type[Buffer] = Buffer
 
     @classmethod
@@ -136,12 +152,15 @@ class Span:
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        layer_devices: Mapping[int, torch.device] = MappingProxyType({}),
         quantization: Quantization | None = None,
         quantized: QuantizedCache | None = None,
         int8_kv: bool = False,
         progress: Progress | None = None,
     ) -> Span:
         """Read layers [start, end), and the ends when they touch them. Nothing else is read.
+
+        All lie on `device` but for what `layer_devices` says.
 
         Weights are as exact as `dtype` unless a `quantization` packs them; `quantized` keeps such on disk.
         With `int8_kv` sessions keep their keys and values in eight bits.
@@ -154,7 +173,7 @@ class Span:
             )
         model = family.skeleton(checkpoint.config, dtype)
         family.check_rollback(checkpoint.config, model)
-        span = cls(model, start, end, dtype, torch.device(device))
+        span = cls(model, start, end, dtype, torch.device(device), layer_devices)
         span._buffer = Int8Buffer if int8_kv else Buffer
         span._cut()
         read_before = checkpoint.bytes_read
@@ -180,6 +199,11 @@ class Span:
     ) -> None:
         """Forget all recordings; from now on, capture new ones in such graphs, or in none."""
         self._steps = Steps(self.device, partial(_tensors, self._model), self._same, graph, clock)
+
+    @property
+    def _spread(self) -> bool:
+        """Whether it lies on several devices."""
+        return any(device != self.device for device in self.layer_devices.values())
 
     @property
     def weights_bytes(self) -> int:
@@ -209,7 +233,7 @@ class Span:
         """
         inputs = self._checked(inputs, cache)
         self._make_room(inputs, cache, position)
-        result = self._alone(inputs, cache, slice(None) if all_logits else [-1])
+        result = self._alone(inputs, cache, slice(None) if all_logits else slice(-1, None))
         return result if all_logits or cache.end < self.layer_count else result[:, 0]
 
     def row(self, inputs: torch.Tensor, cache: KVCache, position: int, *, wanted: int = 1) -> Row:
@@ -288,8 +312,9 @@ class Span:
             for path in adapter.pairs.keys() - self._adaptable:
                 self._model.get_submodule(path).register_forward_hook(partial(self._adapt, path))
                 self._adaptable.add(path)
+        places = {path: self._device_of(path) for path in adapter.pairs}
         return Adapter(
-            {path: (a.to(self.device), b.to(self.device)) for path, (a, b) in adapter.pairs.items()}
+            {path: (a.to(places[path]), b.to(places[path])) for path, (a, b) in adapter.pairs.items()}
         )
 
     def adapter_part(self, adapter: Adapter) -> Adapter:
@@ -304,7 +329,8 @@ class Span:
 
     def _one_row(self, row: Row) -> torch.Tensor | None:
         at_the_end = row.cache.end == self.layer_count
-        output = self._alone(row.inputs, row.cache, list(range(row.count - row.wanted, row.count)))
+        wanted = _places(list(range(row.count - row.wanted, row.count)))
+        output = self._alone(row.inputs, row.cache, wanted)
         return None if at_the_end and not row.wanted else output
 
     def _make_room(self, inputs: torch.Tensor, cache: KVCache, position: int) -> None:
@@ -327,9 +353,9 @@ class Span:
         if any((row.cache.start, row.cache.end) != (cache.start, cache.end) for row in rows):
             raise ValueError("rows of one pass go through the same layers")
         ends = itertools.accumulate(counts)
-        wanted = [
-            place for end, row in zip(ends, rows, strict=True) for place in range(end - row.wanted, end)
-        ]
+        wanted = _places(
+            [place for end, row in zip(ends, rows, strict=True) for place in range(end - row.wanted, end)]
+        )
         joint = joining.cache([row.cache for row in rows], counts)
 
         def compute(inputs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -349,7 +375,7 @@ class Span:
             row.cache.commit(1, row.count)
         if cache.end < self.layer_count:
             return list(torch.split(result, counts, 1))
-        if not wanted:
+        if wanted == []:
             return [None] * len(rows)
         shares = torch.split(result, [row.wanted for row in rows], 1)
         return [share if row.wanted else None for share, row in zip(shares, rows, strict=True)]
@@ -405,6 +431,9 @@ class Span:
         logits: torch.Tensor = self._model(**arguments).logits
         return logits
 
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+
     def _before(self, forward: Anything, playing: Anything, *args: Anything, **kwargs: Anything) -> Anything:
         """Stands for a part that runs before the layers: itself, or its stand-in when it has no say."""
         return (forward if self._visit.arrived is None else playing)(*args, **kwargs)
@@ -422,13 +451,32 @@ class Span:
         if visit.extras.prompts:
             entering = visit.extras.enter(index, split_arguments(args, kwargs)[0], visit.position)
             args, kwargs = replace_hidden_states(args, kwargs, entering)
+        if self._spread:
+            args, kwargs = self._bring((args, kwargs), self.layer_devices[index])
         output = forward(*args, **kwargs)
+        if self._spread and (index == visit.end - 1 or visit.behind is not None):
+            output = self._bring(output, self.device)
         states = output if isinstance(output, torch.Tensor) else output[0]
         if visit.behind is not None:
             visit.behind.append(states)
         if index == visit.end - 1 and (visit.end < self.layer_count or visit.behind is not None):
             raise Reached(states)
         return output
+
+    def _bring(self, values: Anything, device: torch.device) -> Anything:
+        """A nest of tensors on a device. What all layers there ask for, masks and angles, is copied once."""
+        brought = self._visit.brought
+
+        def bring(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.device == device:
+                return tensor
+            key = id(tensor), device
+            if key not in brought:
+                # With the tensor itself, so that no other gets its id.
+                brought[key] = tensor, tensor.to(device, non_blocking=True)
+            return brought[key][1]
+
+        return trees.tree_map_only(torch.Tensor, bring, values)
 
     def _narrow(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         """Before the head: of a long prompt, only the last position's logits are wanted, or none at all."""
@@ -444,13 +492,16 @@ class Span:
         """Take away what the span does not hold, and put the gates in."""
         model, device = self._model, self.device
         layers = find_layers(model)
+        paths = {part: path for path, part in model.named_modules()}
         inner = {part for layer in layers for part in layer.modules()}
         family.make_buffers(model, (part for part in model.modules() if part not in inner), device)
         cache = KVCache(0, 0, 0, self._windows)
         with device, torch.inference_mode():
             anatomy = survey(model, layers, lambda **inputs: self._call(cache, None, **inputs))
         held = {part for layer in layers[self.start : self.end] for part in layer.modules()}
-        family.make_buffers(model, held, device)
+        for number, place in self.layer_devices.items():
+            family.make_buffers(model, layers[number].modules(), place)
+            self._apart[paths[layers[number]]] = place
         drop_weights(inner - held)
         self._cut_ends(anatomy)
         for path, part in model.named_modules():
@@ -474,14 +525,15 @@ class Span:
             self._drop_tied_embedding(packer)
         names = family.names_to_read(model, checkpoint.tensor_names, packer.skipped if packer else set())
         checkpoint.fetch(names, progress)
-        taker = packer or Joiner(model, self.device)
+        taker = packer or Joiner(model, self._device_of)
         # What GPUs pack is on them as a whole before.
         piecewise = {name for name, parameter in names.items() if taker.wants(parameter)}
         if packer and self.device.type != "cpu":
             piecewise = set()
         # Mapped files count as memory once they are read: only tensors that are used as they lie stay so.
         tensors = read_later(checkpoint, list(names), progress, None if packer else self.dtype, piecewise)
-        family.fill(model, tensors, self.dtype, self.device, taker if packer or piecewise else None)
+        wanting = taker if packer or piecewise else None
+        family.fill(model, tensors, self.dtype, self.device, wanting, self._apart)
         if packer:
             self._drop_tied_embedding(packer)
 
@@ -490,14 +542,18 @@ class Span:
         if self.start > 0 and packer.head_packed:
             drop_weights(self._model.get_input_embeddings().modules())
 
+    def _device_of(self, path: str) -> torch.device:
+        """Where a module or parameter lies."""
+        layers = (place for layer, place in self._apart.items() if path.startswith(f"{layer}."))
+        return next(layers, self.device)
+
     def _cut_ends(self, anatomy: Anatomy) -> None:
         model = self._model
         embedding = model.get_input_embeddings()
         holds_head = self.end == self.layer_count
         others = [part for part in anatomy.before if part is not embedding]
-        zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
         for part in others:
-            part.forward = partial(self._before, part.forward, stand_in(part, zeros))
+            part.forward = partial(self._before, part.forward, stand_in(part, self._zeros))
         if self.start > 0:
             for part in others:
                 drop_weights(part.modules())
@@ -632,6 +688,13 @@ class Span:
         if values.device.type == "cpu":
             values = values.pin_memory()
         return values.to(self.device, dtype, non_blocking=True)
+
+
+def _places(wanted: list[int]) -> slice | list[int]:
+    """The same as a slice if they follow one another: a list of places has to be brought to the device."""
+    if wanted and wanted == list(range(wanted[0], wanted[-1] + 1)):
+        return slice(wanted[0], wanted[-1] + 1)
+    return wanted
 
 
 def _visit(inputs: torch.Tensor, cache: KVCache, wanted: slice | list[int]) -> Visit:

@@ -106,6 +106,20 @@ async def test_a_peer_announces_that_it_joins_before_it_loads_then_that_it_serve
     assert identity.id not in {live.peer for live in swarm.client.directory.live()}
 
 
+async def test_layers_are_spread_over_all_devices_by_what_they_have_free(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one device under two names, one of which has twice as much room."""
+    free = {torch.device("cpu"): 2 << 30, torch.device("cpu", 0): 1 << 30}
+    monkeypatch.setattr("peer.lifecycle.choose_devices", lambda _: tuple(free))
+    monkeypatch.setattr("peer.lifecycle.free_bytes", free.get)
+    peer = await swarm.start_one("ann", "0:6")
+    assert peer.service is not None
+    assert [device.index for device in peer.service.span.layer_devices.values()] == [None] * 4 + [0] * 2
+    assert peer.memory.layers_bytes + peer.memory.kv_bytes == sum(free.values()) * 3 // 4
+    assert tokens([event async for event in swarm.ask(PROMPT)]) == swarm.reference(PROMPT)
+
+
 async def test_who_speaks_to_a_peer_that_loads_is_told_so(
     swarm: Swarm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
