@@ -42,7 +42,7 @@ MERE_FACTS = {
 }
 """What tells of a tensor's shape, dtype and place: the same in each step. `__get__` is all its properties."""
 
-BY_NUMBERS = {"argwhere", "masked_select", "nonzero", "unique", "unique_consecutive"}
+BY_NUMBERS = {"argwhere", "bincount", "masked_select", "nonzero", "unique", "unique_consecutive"}
 """What gives as many results as its numbers say."""
 
 OFTEN_NOTHING = {"contiguous", "float", "to", "type_as"}
@@ -280,6 +280,8 @@ def _depends_on_numbers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any
         return len(args) + len(kwargs) == 1
     if name == "__getitem__":
         return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1:]))
+    if name == "one_hot":
+        return bool(kwargs.get("num_classes", args[1] if len(args) > 1 else -1) < 0)
     if name == "repeat_interleave":
         return any(True for _ in _tensors((args[1:], kwargs)))
     return name in BY_NUMBERS

@@ -44,6 +44,7 @@ class _Course:
     """What is known of one kind of step."""
 
     seen: int = 0
+    """Passes that the family computed in its own way, unwatched or recorded, and that came to their end."""
     recording: Recording | None = None
     step: Step | None = None
     """How to run the recording."""
@@ -94,8 +95,9 @@ class Steps:
         now = _Pass(function, start_over, inputs)
         if course.step is not None:
             return self._check(course, now)
+        result = self._record(course, now) if course.seen == 1 else function(*inputs)
         course.seen += 1
-        return self._record(course, now) if course.seen == 2 else function(*inputs)
+        return result
 
     def _course(self, kind: Hashable) -> _Course:
         course = self._courses.setdefault(kind, _Course())

@@ -32,6 +32,7 @@ def step(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     grid = torch.arange(turned.shape[1], device=x.device)
     with torch.no_grad():
         masked = turned.masked_fill(grid == 3, 0.5)
+        masked += functional.one_hot(positions % 4, num_classes=4)
     return functional.silu(masked.mT.reshape(-1, 4), inplace=False).mul_(top.sum())
 
 
@@ -69,13 +70,17 @@ def by_repeats(x: torch.Tensor) -> torch.Tensor:
     return x * x.repeat_interleave(x.abs().long() + 1).shape[0]
 
 
+def by_one_hot(x: torch.Tensor) -> torch.Tensor:
+    return x * functional.one_hot(x.abs().long()).shape[1]
+
+
 def by_a_list(x: torch.Tensor) -> torch.Tensor:
     return x * float(sum(x.tolist()))
 
 
 @pytest.mark.parametrize(
     "function",
-    [by_a_bool, by_an_item, by_a_mask, by_nonzero, by_where, by_repeats, by_a_list],
+    [by_a_bool, by_an_item, by_a_mask, by_nonzero, by_where, by_repeats, by_one_hot, by_a_list],
     ids=lambda function: function.__name__,
 )
 def test_what_looks_at_its_numbers_is_not_recorded(function: Callable[..., torch.Tensor]) -> None:

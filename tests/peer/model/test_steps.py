@@ -228,6 +228,25 @@ def test_each_check_starts_over_so_that_nothing_is_done_twice() -> None:
         assert mine.trusted == 1
 
 
+def test_a_pass_that_fails_is_recorded_another_time() -> None:
+    calls = 0
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return -x
+
+    mine = steps()
+    mine.run("kind", function, nothing, torch.ones(1))
+    with pytest.raises(MemoryError):
+        mine.run("kind", function, nothing, torch.ones(1))
+    for _ in range(LEARNING):
+        mine.run("kind", function, nothing, torch.ones(1))
+    assert mine.trusted == 1
+
+
 def test_the_least_recently_used_recordings_are_dropped() -> None:
     mine = steps()
     for kind in range(2 * MOST):
