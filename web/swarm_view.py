@@ -80,6 +80,7 @@ def _peer_view(
         "path": path,
         "rtt_ms": rtt_ms if rtt_ms is None else round(rtt_ms, 1),
         "path_words": None if report is None else report.words(),
+        "path_rests": report is not None and report.resting,
     }
 
 

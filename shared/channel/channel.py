@@ -106,6 +106,8 @@ class PathReport(NamedTuple):
     """Bytes a second, once there was so much to send that it could be measured."""
     why: str
     """Why nothing better does, in words; empty when this is the best there is."""
+    resting: bool = False
+    """A direct path was closed because nothing was said, and opens again with the next message."""
 
     def words(self) -> str:
         """All of it in one line."""
@@ -236,13 +238,17 @@ class Channel:
         """Why messages do not go directly, in words; empty while they do. Of sockets `report` tells too."""
         if self.path == "direct":
             return ""
-        if self._quiet and self._was_direct:
+        if self._resting:
             return "nothing was said for a while; direct paths open again with the next message"
         if any(link.trusted for link in self.directs):
             return "the relay is much faster than the direct paths"
         if self.directs:
             return "the direct link does not answer"
         return self._upgrade.why_relayed
+
+    @property
+    def _resting(self) -> bool:
+        return self._quiet and self._was_direct
 
     @property
     def seeking(self) -> bool:
@@ -266,7 +272,8 @@ class Channel:
             why = no_socket
         elif why == self._upgrade.why_relayed != self._sockets.why_none:
             why = f"data channel: {why}; {no_socket}"
-        return PathReport(link.kind, link.rtt_ms, link.goodput, why)
+        resting = link.kind == "relayed" and self._resting
+        return PathReport(link.kind, link.rtt_ms, link.goodput, why, resting)
 
     async def send(
         self,

@@ -106,6 +106,8 @@ class FakeGateway:
         """Pieces of answers that were sent."""
         self.paths = {"ann": "local", "bob": "relayed", "eve": "direct"}
         self.path_words = {"bob": "relayed, 7.0 ms there and back (socket: its address does not answer)"}
+        self.resting: set[str] = set()
+        """Whose direct path is closed while nothing is said."""
         self.route: list[tuple[str, Span]] = []
         relay = {"url": "ws://127.0.0.1:8787", "connected": True}
         self._view: Json = {"relay": relay, "models": [], "peers": []}
@@ -293,6 +295,7 @@ class FakeGateway:
             "path": self.paths.get(name),
             "rtt_ms": 1.5,
             "path_words": self.path_words.get(name),
+            "path_rests": name in self.resting,
         }
 
 

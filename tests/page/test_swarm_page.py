@@ -100,6 +100,13 @@ async def test_what_only_a_relay_reaches_is_told_with_the_reason(page: Page, gat
     await expect(reach.locator("li")).to_have_text([f"bob: {gateway.path_words['bob']}"])
 
 
+async def test_a_direct_path_that_rests_is_no_reason_to_complain(page: Page, gateway: FakeGateway) -> None:
+    gateway.resting = {"bob"}
+    await serve(gateway, ann=(0, 3), bob=(3, 8))
+    await open_swarm(page)
+    await expect(page.locator(".reach")).to_have_text("This gateway reaches each of them directly.")
+
+
 async def test_each_system_has_its_command(page: Page) -> None:
     await open_swarm(page)
     command = page.locator(".lending .command code").first

@@ -54,6 +54,7 @@ async def test_the_view_tells_relay_models_and_peers(http: aiohttp.ClientSession
         "path": "direct",
         "rtt_ms": 12.3,
         "path_words": "data channel, 12.3 ms there and back, 3.0 MB/s (socket: no answer)",
+        "path_rests": False,
     }
     assert (bob["path"], bob["rtt_ms"], bob["path_words"]) == (None, None, None)
     assert eve["model"] == "oak"

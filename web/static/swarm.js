@@ -21,6 +21,7 @@ const LONGEST_RETRY_MS = 15_000;
  * @property {"direct" | "relayed" | "local" | null} path
  * @property {number | null} rtt_ms
  * @property {string | null} [path_words] how the gateway reaches it, and why not better
+ * @property {boolean} [path_rests] a direct path opens again with the next message
  */
 /**
  * @typedef {object} Model

@@ -103,7 +103,7 @@ function PeerTable({ peers }) {
 /** Those that only a relay reaches, and why. @param {{peers: Peer[]}} props */
 function Reachability({ peers }) {
   const dialled = peers.filter(({ path }) => path);
-  const relayed = dialled.filter(({ path }) => path === "relayed");
+  const relayed = dialled.filter(({ path, path_rests }) => path === "relayed" && !path_rests);
   if (!dialled.length) return null;
   if (!relayed.length) return html`<p class="reach">${text.allDirect}</p>`;
   return html`<details class="reach">

@@ -133,10 +133,12 @@ async def test_direct_links_of_a_quiet_channel_close_and_come_back_with_the_next
         await until(lambda: not channel.directs and not bob.channel_to(ann).directs)
         assert channel.path == "relayed"
         await until(lambda: "nothing was said for a while" in channel.report().why)
+        assert channel.report().resting
 
         await channel.send(numbered(1))
         assert (await bob.got()).path == "relayed"
         await both_by("socket", ann, bob)
+        assert not channel.report().resting
 
 
 async def test_a_changed_network_is_tried_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
