@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 
 import torch
@@ -18,12 +19,10 @@ def choose_devices(asked: str) -> tuple[torch.device, ...]:
     Raises SettingsError for a device that this machine does not have.
     """
     names = [name.strip() for name in asked.split(",")]
+    if names in (["auto"], ["cuda"]) and (gpus := _gpus()):
+        return gpus
     if names == ["auto"]:
-        names = [
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        ]
-    if names == ["cuda"]:
-        names = [f"cuda:{number}" for number in range(torch.cuda.device_count())] or names
+        names = ["mps" if torch.backends.mps.is_available() else "cpu"]
     try:
         found = tuple(dict.fromkeys(_device(name) for name in names))
     except (RuntimeError, AssertionError):
@@ -33,6 +32,15 @@ def choose_devices(asked: str) -> tuple[torch.device, ...]:
     if len(found) > 1 and any(device.type != "cuda" for device in found):
         raise SettingsError(f"--device {asked}: only GPUs go together; write one device, or cuda:0,cuda:1")
     return found
+
+
+def _gpus() -> tuple[torch.device, ...]:
+    """All that compute: one that is too old for this torch does not."""
+    found = []
+    for number in range(torch.cuda.device_count()):
+        with suppress(RuntimeError):
+            found.append(_device(f"cuda:{number}"))
+    return tuple(found)
 
 
 def _device(name: str) -> torch.device:
@@ -52,7 +60,11 @@ def compute_dtype(settings: PeerSettings, device: torch.device) -> torch.dtype:
 
 def free_bytes(device: torch.device) -> int:
     """Free memory where weights and caches will lie."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if device.type != "cuda":
+        return free_memory()
+    # What torch keeps of layers that are gone is free for others.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def in_words(devices: Sequence[torch.device]) -> str:
@@ -69,7 +81,7 @@ def spread(layers: Sequence[int], ends: int, free: Sequence[int]) -> list[int]:
     `layers` are their bytes and `ends` those of embedding and head, which lie on the first device; `free` is
     what each device has.
     """
-    full = (ends + sum(layers)) / sum(free)
+    full = (ends + sum(layers)) / max(1, sum(free))
     filled_up_to = [total * full for total in accumulate(free)]
     # A layer belongs where its middle comes to lie.
     middles = [ends + end - size / 2 for end, size in zip(accumulate(layers), layers, strict=True)]

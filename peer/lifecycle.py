@@ -22,6 +22,7 @@ from peer.benchmark import LayerSizes, Speed, SpeedBook, layer_sizes, measure_sp
 from peer.devices import choose_devices, compute_dtype, free_bytes, spread
 from peer.model.artefact import artefact_id
 from peer.model.checkpoint import Checkpoint, open_checkpoint, tokenizer_files
+from peer.model.errors import UnsupportedModel
 from peer.model.peft_files import StoredAdapter, open_adapter
 from peer.model.quantization import Quantization, choose
 from peer.model.quantized_cache import QuantizedCache
@@ -328,35 +329,46 @@ class Peer:
             raise
 
     def _load(self, checkpoint: Checkpoint, layers: Span) -> LoadedSpan:
-        span = LoadedSpan.load(
+        try:
+            span = self._load_onto(self.devices, checkpoint, layers)
+        except UnsupportedModel as error:
+            if len(self.devices) == 1:
+                raise
+            log.warning("these layers do not work on several devices, so one has all: %s", error)
+            span = self._load_onto(self.devices[:1], checkpoint, layers)
+        if self.device.type == "cpu" and self.settings.threads is None:
+            log.info("computing with %d threads", measure_threads(span, os.cpu_count() or 1))
+        return span
+
+    def _load_onto(self, devices: Sequence[torch.device], checkpoint: Checkpoint, layers: Span) -> LoadedSpan:
+        return LoadedSpan.load(
             checkpoint,
             layers.start,
             layers.end,
             dtype=self.dtype,
-            device=self.device,
-            layer_devices=self._layer_devices(checkpoint, layers),
+            device=devices[0],
+            layer_devices=self._layer_devices(devices, checkpoint, layers),
             quantization=self.quantization,
             quantized=QuantizedCache(data_directory() / "quantized" / self.artefact),
             int8_kv=self.settings.kv_dtype == "int8",
             progress=self._report,
         )
-        if self.device.type == "cpu" and self.settings.threads is None:
-            log.info("computing with %d threads", measure_threads(span, os.cpu_count() or 1))
-        return span
 
-    def _layer_devices(self, checkpoint: Checkpoint, layers: Span) -> dict[int, torch.device]:
+    def _layer_devices(
+        self, devices: Sequence[torch.device], checkpoint: Checkpoint, layers: Span
+    ) -> dict[int, torch.device]:
         """Where each layer is to lie, if there are several GPUs."""
-        if len(self.devices) == 1:
+        if len(devices) == 1:
             return {}
         sizes = layer_sizes(checkpoint, self.dtype, self.quantization, self.device)
         ends = (sizes.first if layers.start == 0 else 0) + (
             sizes.last if layers.end == self.layer_count else 0
         )
         places = spread(
-            sizes.layers[layers.start : layers.end], ends, [free_bytes(device) for device in self.devices]
+            sizes.layers[layers.start : layers.end], ends, [free_bytes(device) for device in devices]
         )
         numbered = enumerate(places, layers.start)
-        return {layer: self.devices[place] for layer, place in numbered}
+        return {layer: devices[place] for layer, place in numbered}
 
     def _report(self, done_bytes: int, total_bytes: int) -> None:
         # A process waits for its threads when it ends, and many tensors or files may still be to come.

@@ -7,9 +7,10 @@ graphs, and its result is copied to where the next one reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -24,26 +25,69 @@ class Graph(Protocol):
     def replay(self) -> None: ...
 
 
-class CudaGraph:
-    """One of CUDA's. Those with one pool share memory: of a step they are repeated in the order of capture,
-    and steps one after another."""
+class Graphs(Protocol):
+    """What makes the graphs of a span."""
 
-    def __init__(self, pool: Any) -> None:  # noqa: ANN401 - a handle without a public type
+    def new(self) -> Graph: ...
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """While it lasts, what cannot be captured raises RuntimeError."""
+        ...
+
+
+class CudaGraphs:
+    """CUDA's, for spans that lie on one GPU. All share a pool of memory: those of a step are repeated in the
+    order of their capture, and steps one after another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def new(self) -> Graph:
+        return _CudaGraph(self)
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        with self._aside():
+            # Whoever waits for the device, as a look at a number does, cannot be captured.
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+    def capture(self, graph: torch.cuda.CUDAGraph, function: Callable[[], None]) -> None:
+        """Other threads may go on with what they do on the device."""
+        stream = self._stream
+        with (
+            self._aside(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            function()
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On this device and a stream of its own, which is left whatever happens."""
+        with torch.cuda.device(self._device):
+            usual = torch.cuda.current_stream()
+            self._stream.wait_stream(usual)
+            with torch.cuda.stream(self._stream):
+                yield
+            usual.wait_stream(self._stream)
+
+
+class _CudaGraph:
+    def __init__(self, graphs: CudaGraphs) -> None:
+        self._graphs = graphs
         self._graph = torch.cuda.CUDAGraph()
-        self._pool = pool
 
     def capture(self, function: Callable[[], None]) -> None:
-        # Other threads may go on with what they do on the device.
-        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
+        self._graphs.capture(self._graph, function)
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-def graphs(device: torch.device) -> Callable[[], Graph] | None:
-    """What makes the graphs of a span, which share a pool of memory; None where there are none."""
-    return partial(CudaGraph, torch.cuda.graph_pool_handle()) if device.type == "cuda" else None
 
 
 class GraphedStep:
@@ -56,7 +100,7 @@ class GraphedStep:
         self,
         recording: Recording,
         inputs: Sequence[torch.Tensor],
-        graph: Callable[[], Graph],
+        graphs: Graphs,
     ) -> None:
         self._inputs = [each.clone() for each in inputs]
         self._parts: list[Callable[[], None]] = []
@@ -67,7 +111,7 @@ class GraphedStep:
                 piece(registers)
                 self._parts.append(partial(_refill, piece, before, registers_made(before, registers)))
             else:
-                captured = graph()
+                captured = graphs.new()
                 captured.capture(partial(piece, registers))
                 captured.replay()
                 self._parts.append(captured.replay)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, Protocol, cast
 
 import torch
@@ -50,7 +51,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     from_config: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = from_config(config, dtype=dtype, trust_remote_code=False)
+            # With a config of its own: how experts are chosen and attention is computed is set there.
+            model: PreTrainedModel = from_config(deepcopy(config), dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise UnsupportedModel(
             f"transformers has no causal language model for {config.model_type}: {error}"

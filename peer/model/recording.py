@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -44,6 +45,13 @@ MERE_FACTS = {
 
 BY_NUMBERS = {"argwhere", "bincount", "masked_select", "nonzero", "unique", "unique_consecutive"}
 """What gives as many results as its numbers say."""
+
+SIZED = {"expand", "narrow", "new_empty", "new_full", "new_ones", "new_zeros", "repeat", "reshape", "split"}
+SIZED |= {"tensor_split", "tile", "view"}
+"""What gives as many results as its other arguments say, which may be numbers of tensors."""
+
+CREATED = {"arange", "empty", "full", "linspace", "ones", "zeros"}
+"""What gives as many results as any of its arguments says."""
 
 OFTEN_NOTHING = {"contiguous", "float", "to", "type_as"}
 """What gives back its own input when that is as wanted already; then there is nothing to do again either."""
@@ -143,21 +151,21 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self._calls: list[Call] = []
         self._constants: list[Any] = []
-        self._numbers = {id(value): number for number, value in enumerate(inputs)}
-        self._kept: list[Any] = list(inputs)
-        """Every tensor seen, so that no other gets its id while this lasts."""
-        self._registers = len(inputs)
+        self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        """The registers of tensors by their ids, which go to others when they are gone."""
+        self._registers = 0
+        for value in inputs:
+            self._place(value)
         self._known = {id(tensor) for tensor in constants}
         self._refusal: str | None = None
         self._paused = False
 
     def recording(self, result: torch.Tensor) -> Recording | Unrecordable:
         """What was written down, if it leads to `result`."""
-        if self._refusal is None and id(result) not in self._numbers:
-            self._refusal = "its result was made where it could not be seen"
-        if self._refusal is not None:
-            return Unrecordable(self._refusal)
-        return Recording(self._calls, self._constants, self._registers, self._numbers[id(result)])
+        number = self._number(result)
+        if self._refusal is not None or number is None:
+            return Unrecordable(self._refusal or "its result was made where it could not be seen")
+        return Recording(self._calls, self._constants, self._registers, number)
 
     def aside(self, function: Callable[..., Result], arguments: Sequence[Any]) -> Result:
         """Do as one call what must not be written down in its parts."""
@@ -190,7 +198,7 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any],
         result: Any,  # noqa: ANN401
     ) -> None:
-        name: str = getattr(func, "__name__", str(func))
+        name, *_ = getattr(func, "__name__", str(func)).split(".")
         if _depends_on_numbers(name, args, kwargs):
             self._refusal = f"{name} gives as many results as its numbers say"
         elif any(True for _ in _tensors(result)):
@@ -222,21 +230,21 @@ class Recorder(TorchFunctionMode):
     def _said(self, value: Any, reads: list[int]) -> str:  # noqa: ANN401
         """An argument as source. Tensors that are made on the way are read from their registers."""
         if isinstance(value, torch.Tensor):
-            number = self._numbers.get(id(value))
+            number = self._number(value)
             if number is None:
                 if id(value) not in self._known:
                     self._refusal = "it uses numbers that were made where it could not be seen"
                 return self._constant(value)
             reads.append(number)
             return f"r[{number}]"
-        if type(value) is tuple:
+        if isinstance(value, tuple):
             return f"({''.join(f'{self._said(each, reads)}, ' for each in value)})"
-        if type(value) is list:
+        if isinstance(value, list):
             return f"[{', '.join(self._said(each, reads) for each in value)}]"
-        if type(value) is dict:
+        if isinstance(value, dict):
             entries = (f"{self._constant(key)}: {self._said(each, reads)}" for key, each in value.items())
             return f"{{{', '.join(entries)}}}"
-        if type(value) is slice:
+        if isinstance(value, slice):
             ends = (self._said(each, reads) for each in (value.start, value.stop, value.step))
             return f"slice({', '.join(ends)})"
         return repr(value) if value is None or type(value) in (bool, int) else self._constant(value)
@@ -245,14 +253,18 @@ class Recorder(TorchFunctionMode):
         self._constants.append(value)
         return f"k{len(self._constants) - 1}"
 
+    def _number(self, value: torch.Tensor) -> int | None:
+        """Its register, if it was made on the way."""
+        tensor, number = self._numbers.get(id(value), (lambda: None, None))
+        return number if tensor() is value else None
+
     def _place(self, result: Any) -> str:  # noqa: ANN401
         """Where a result goes, as source."""
         if isinstance(result, torch.Tensor):
-            known = self._numbers.get(id(result))
+            known = self._number(result)
             if known is not None:
                 return f"r[{known}]"  # a tensor that was changed in place
-            self._numbers[id(result)] = self._registers
-            self._kept.append(result)
+            self._numbers[id(result)] = weakref.ref(result), self._registers
             self._registers += 1
             return f"r[{self._registers - 1}]"
         if isinstance(result, tuple | list):
@@ -272,16 +284,24 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:  # noqa: ANN401
             yield from _tensors(each)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+    elif isinstance(value, slice):
+        yield from _tensors((value.start, value.stop, value.step))
 
 
 def _depends_on_numbers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the shape of what a call gives is by its inputs' numbers, not by their shapes."""
+    others = list(_tensors((args[1:], kwargs)))
     if name == "where":
         return len(args) + len(kwargs) == 1
-    if name == "__getitem__":
-        return any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1:]))
+    if name in ("__getitem__", "index"):
+        chosen = args[1] if len(args) > 1 else None
+        parts = chosen if isinstance(chosen, tuple) else [chosen]
+        ends = [end for part in parts if isinstance(part, slice) for end in _tensors(part)]
+        return bool(ends) or any(index.dtype in (torch.bool, torch.uint8) for index in others)
     if name == "one_hot":
         return bool(kwargs.get("num_classes", args[1] if len(args) > 1 else -1) < 0)
     if name == "repeat_interleave":
-        return any(True for _ in _tensors((args[1:], kwargs)))
-    return name in BY_NUMBERS
+        return bool(others) or len(args) + len(kwargs) == 1
+    if name in CREATED:
+        return any(True for _ in _tensors((args, kwargs)))
+    return name in BY_NUMBERS or (name in SIZED and bool(others))

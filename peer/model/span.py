@@ -41,7 +41,7 @@ from peer.model.anatomy import (
     survey,
 )
 from peer.model.checkpoint import Checkpoint
-from peer.model.cuda_graphs import Graph, graphs
+from peer.model.cuda_graphs import CudaGraphs, Graphs
 from peer.model.errors import BadInputs, CacheFull, UnsupportedModel, first_line
 from peer.model.extras import NOTHING, Adapter, Extras, matrix_shape
 from peer.model.joint import Joining, JointCache, may_join
@@ -140,7 +140,7 @@ class Span:
         self._apart: dict[str, torch.device] = {}
         """The paths of the layers, and where they lie."""
         # A graph is of one device.
-        self.record_steps(None if self._spread else graphs(device))
+        self.record_steps(CudaGraphs(device) if device.type == "cuda" and not self._spread else None)
         self._buffer: type[Buffer] = Buffer
 
     @classmethod
@@ -194,11 +194,9 @@ class Span:
         """Kinds of steps that are run from recordings by now."""
         return self._steps.trusted
 
-    def record_steps(
-        self, graph: Callable[[], Graph] | None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def record_steps(self, graphs: Graphs | None, clock: Callable[[], float] = time.perf_counter) -> None:
         """Forget all recordings; from now on, capture new ones in such graphs, or in none."""
-        self._steps = Steps(self.device, partial(_tensors, self._model), self._same, graph, clock)
+        self._steps = Steps(self.device, partial(_tensors, self._model), self._same, graphs, clock)
 
     @property
     def _spread(self) -> bool:

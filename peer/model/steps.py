@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peer.model.cuda_graphs import Graph, GraphedStep
+from peer.model.cuda_graphs import GraphedStep, Graphs
 from peer.model.errors import first_line
 from peer.model.recording import Recording, Unrecordable, record
 
@@ -45,9 +45,10 @@ class _Course:
 
     seen: int = 0
     """Passes that the family computed in its own way, unwatched or recorded, and that came to their end."""
+    recorded_with: tuple[torch.Tensor, ...] = ()
     recording: Recording | None = None
     step: Step | None = None
-    """How to run the recording."""
+    """How to run the recording; None without one that can be used."""
     checks: int = 0
     own_s: float = 0.0
     """What the family's own way took in all checks, and what ours took."""
@@ -62,24 +63,24 @@ class Steps:
         device: torch.device,
         constants: Callable[[], Iterable[torch.Tensor]],
         same: Callable[[torch.Tensor, torch.Tensor], bool],
-        graph: Callable[[], Graph] | None = None,
+        graphs: Graphs | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`constants` gives the tensors of the model; `same` says whether two results are equal enough.
 
-        With `graph` recordings are captured, each piece in a new one.
+        With `graphs` recordings are captured.
         """
         self._device = device
         self._constants = constants
         self._same = same
-        self._graph = graph
+        self._graphs = graphs
         self._clock = clock
         self._courses: OrderedDict[Hashable, _Course] = OrderedDict()
 
     @property
     def trusted(self) -> int:
         """Kinds of steps that are run from their recordings."""
-        return sum(course.checks == CHECKS for course in self._courses.values())
+        return sum(course.step is not None and course.checks == CHECKS for course in self._courses.values())
 
     def run(
         self, kind: Hashable, function: Step, start_over: Callable[[], None], *inputs: torch.Tensor
@@ -90,14 +91,25 @@ class Steps:
         besides giving its result.
         """
         course = self._course(kind)
-        if course.step is not None and course.checks == CHECKS:
-            return course.step(*inputs)
         now = _Pass(function, start_over, inputs)
-        if course.step is not None:
+        if course.step is not None and course.checks < CHECKS:
             return self._check(course, now)
+        if course.step is not None:
+            found = self._ours(course, course.step, now)
+            return function(*inputs) if found is None else found
         result = self._record(course, now) if course.seen == 1 else function(*inputs)
         course.seen += 1
         return result
+
+    def _ours(self, course: _Course, step: Step, now: _Pass) -> torch.Tensor | None:
+        """By the recording; None, and never again, if that goes wrong: the family's own way is there."""
+        try:
+            return step(*now.inputs)
+        except Exception as error:
+            log.warning("a recorded step failed and is not used again: %s", first_line(error))
+            course.step = None
+            now.start_over()
+            return None
 
     def _course(self, kind: Hashable) -> _Course:
         course = self._courses.setdefault(kind, _Course())
@@ -107,49 +119,63 @@ class Steps:
         return course
 
     def _record(self, course: _Course, now: _Pass) -> torch.Tensor:
-        result, found = record(now.function, now.inputs, self._constants())
+        try:
+            result, found = record(now.function, now.inputs, self._constants())
+        except Exception as error:
+            # Perhaps because it was watched; if not, it says so again.
+            log.debug("this model's steps are not recorded: %s", first_line(error))
+            course.seen += 1
+            now.start_over()
+            return now.function(*now.inputs)
         if isinstance(found, Unrecordable):
             log.debug("this model's steps are not recorded: %s", found)
-        else:
-            course.recording = found
-            course.step = self._captured(found, now)
+            return result
+        course.recorded_with = tuple(each.clone() for each in now.inputs)
+        course.recording = found
+        course.step = self._captured(found, now)
         return result
 
     def _captured(self, recording: Recording, now: _Pass) -> Step:
         """As graphs, where they are wanted and nothing forbids it."""
-        if self._graph is None:
+        if self._graphs is None:
             return recording.run
-        now.start_over()
         try:
-            return GraphedStep(recording, now.inputs, self._graph)
-        except RuntimeError as error:
-            log.debug("this model's steps are not captured as graphs: %s", first_line(error))
+            # What cannot be captured shows here, where it does no harm.
+            with self._graphs.rehearsal():
+                now.start_over()
+                recording.run(*(each.clone() for each in now.inputs))
+            now.start_over()
+            return GraphedStep(recording, now.inputs, self._graphs)
+        except Exception as error:
+            log.warning("steps are not captured as graphs on this device: %s", first_line(error))
+            self._graphs = None
             return recording.run
 
     def _check(self, course: _Course, now: _Pass) -> torch.Tensor:
-        assert course.step is not None and course.recording is not None
-        own, own_s = self._timed(now.function, now.inputs)
+        """Compute both ways. What the family's own way keeps in the caches comes last, and stays."""
+        pairs = zip(now.inputs, course.recorded_with, strict=True)
+        if course.step is None or all(torch.equal(one, other) for one, other in pairs):
+            return now.function(*now.inputs)  # the same numbers again would show nothing
+        began = self._now()
+        ours = self._ours(course, course.step, now)
+        between = self._now()
         now.start_over()
-        ours, our_s = self._timed(course.step, now.inputs)
+        own = now.function(*now.inputs)
+        course.our_s += between - began
+        course.own_s += self._now() - between
         course.checks += 1
-        course.own_s += own_s
-        course.our_s += our_s
+        if ours is None:
+            return own
         if not self._same(ours, own):
-            log.debug("this model's steps are not recorded: they do other things at other times")
+            log.warning("a recorded step gave other numbers, and is not used")
             course.step = None
-        elif self._graph is not None and course.checks == CHECKS and course.our_s > course.own_s:
-            log.debug("this model's steps are not captured as graphs: they would take longer")
-            course.step = course.recording.run
+        elif self._graphs is not None and course.checks == CHECKS and course.our_s > course.own_s:
+            log.debug("this step is not captured as graphs: they would take longer")
+            course.step = course.recording.run if course.recording else None
         return own
 
-    def _timed(self, step: Step, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, float]:
-        """The result, and the seconds until it was there."""
-        self._wait()
-        began = self._clock()
-        result = step(*inputs)
-        self._wait()
-        return result, self._clock() - began
-
-    def _wait(self) -> None:
+    def _now(self) -> float:
+        """When all is computed."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        return self._clock()

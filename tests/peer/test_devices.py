@@ -45,6 +45,14 @@ def test_all_gpus_are_taken_unless_some_are_named() -> None:
 
 
 @pytest.mark.usefixtures("three_gpus")
+def test_a_card_that_does_not_compute_is_left_out_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert len(choose_devices("auto")) == 3
+    with pytest.raises(SettingsError, match="--device cuda:3 is not on this machine"):
+        choose_devices("cuda:3")
+
+
+@pytest.mark.usefixtures("three_gpus")
 def test_what_does_not_go_together_is_told() -> None:
     with pytest.raises(SettingsError, match="--device cpu,cuda:1: only GPUs go together"):
         choose_devices("cpu,cuda:1")
@@ -75,6 +83,7 @@ def test_the_ends_take_the_place_of_layers_on_the_first_gpu() -> None:
 def test_a_gpu_that_is_half_full_gets_fewer_layers() -> None:
     assert spread([GIB] * 9, 0, [24 * GIB, 12 * GIB]) == [0] * 6 + [1] * 3
     assert spread([GIB] * 4, 0, [0, 8 * GIB]) == [1] * 4
+    assert spread([GIB] * 4, 0, [0, 0]) == [1] * 4  # who has no room anywhere hears so when it loads
 
 
 @given(

@@ -17,7 +17,7 @@ import torch
 from peer.benchmark import Speed, SpeedBook, layer_sizes
 from peer.lifecycle import Peer, much_changed
 from peer.model.checkpoint import open_checkpoint
-from peer.model.errors import ModelNotFound
+from peer.model.errors import ModelNotFound, UnsupportedModel
 from peer.model.span import Span as LoadedSpan
 from peer.settings import PeerSettings
 from shared.channel import Dialer
@@ -106,18 +106,40 @@ async def test_a_peer_announces_that_it_joins_before_it_loads_then_that_it_serve
     assert identity.id not in {live.peer for live in swarm.client.directory.live()}
 
 
-async def test_layers_are_spread_over_all_devices_by_what_they_have_free(
-    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one device under two names, one of which has twice as much room."""
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> dict[torch.device, int]:
+    """One device under two names, one of which has twice as much room; gives what each has free."""
     free = {torch.device("cpu"): 2 << 30, torch.device("cpu", 0): 1 << 30}
     monkeypatch.setattr("peer.lifecycle.choose_devices", lambda _: tuple(free))
     monkeypatch.setattr("peer.lifecycle.free_bytes", free.get)
+    return free
+
+
+async def test_layers_are_spread_over_all_devices_by_what_they_have_free(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = two_devices(monkeypatch)
     peer = await swarm.start_one("ann", "0:6")
     assert peer.service is not None
     assert [device.index for device in peer.service.span.layer_devices.values()] == [None] * 4 + [0] * 2
     assert peer.memory.layers_bytes + peer.memory.kv_bytes == sum(free.values()) * 3 // 4
     assert tokens([event async for event in swarm.ask(PROMPT)]) == swarm.reference(PROMPT)
+
+
+async def test_layers_that_cannot_be_spread_lie_on_one_device(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_devices(monkeypatch)
+    load = LoadedSpan.load
+
+    def refusing(*arguments: Any, **named: Any) -> LoadedSpan:  # noqa: ANN401
+        if named["layer_devices"]:
+            raise UnsupportedModel("its layers share a tensor")
+        return load(*arguments, **named)
+
+    monkeypatch.setattr("peer.lifecycle.LoadedSpan.load", refusing)
+    peer = await swarm.start_one("ann", "0:6")
+    assert peer.service is not None
+    assert set(peer.service.span.layer_devices.values()) == {torch.device("cpu")}
 
 
 async def test_who_speaks_to_a_peer_that_loads_is_told_so(

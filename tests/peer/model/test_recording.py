@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def by_repeats(x: torch.Tensor) -> torch.Tensor:
     return x * x.repeat_interleave(x.abs().long() + 1).shape[0]
 
 
+def by_a_length(x: Any) -> Any:  # noqa: ANN401 - against what torch's stubs allow
+    return x * torch.arange(2, x[0] + 3, device=x.device).shape[0]
+
+
+def by_a_slice(x: Any) -> Any:  # noqa: ANN401 - against what torch's stubs allow
+    return x * x[: x.argmax()].shape[0]
+
+
+def by_new_zeros(x: Any) -> Any:  # noqa: ANN401 - against what torch's stubs allow
+    return x * x.new_zeros(x.argmax()).shape[0]
+
+
+def by_an_operator(x: Any) -> Any:  # noqa: ANN401 - against what torch's stubs allow
+    return x * torch.ops.aten.nonzero.default(x).shape[0]
+
+
 def by_one_hot(x: torch.Tensor) -> torch.Tensor:
     return x * functional.one_hot(x.abs().long()).shape[1]
 
@@ -80,7 +97,20 @@ def by_a_list(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [by_a_bool, by_an_item, by_a_mask, by_nonzero, by_where, by_repeats, by_one_hot, by_a_list],
+    [
+        by_a_bool,
+        by_an_item,
+        by_a_mask,
+        by_nonzero,
+        by_where,
+        by_repeats,
+        by_a_length,
+        by_a_slice,
+        by_new_zeros,
+        by_an_operator,
+        by_one_hot,
+        by_a_list,
+    ],
     ids=lambda function: function.__name__,
 )
 def test_what_looks_at_its_numbers_is_not_recorded(function: Callable[..., torch.Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ class Noting(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self._kernels.append((func, args, kwargs or {}, result))
         return result
+
+
+class Emulation:
+    """Graphs of a device that is played."""
+
+    def __init__(self, graph: Callable[[], Emulated] | None = None) -> None:
+        self.new = graph or Emulated
+        self.rehearsals = 0
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        self.rehearsals += 1
+        yield
 
 
 class Emulated:
@@ -142,7 +156,7 @@ def test_every_family_computes_the_same_in_captured_graphs(family: str) -> None:
     model = tiny(family)
     span = Span.load(model.checkpoint, 0, LAYERS)
     captured = Emulated.made
-    span.record_steps(Emulated, standing_clock)
+    span.record_steps(Emulation(), standing_clock)
     check_against_the_whole(model, [span], [5], LENGTH - 5)
     check_against_the_whole(model, [span], [3, 9], LEARNING + 4)
     # A piece before the first layer's look at the cache, between two, and after the last.
@@ -185,8 +199,8 @@ def test_a_session_that_goes_back_is_computed_from_where_it_stands() -> None:
     torch.testing.assert_close(logits[:, -1], model.expected(text[:, :10])[:, -1], rtol=1e-5, atol=1e-5)
 
 
-def steps(graph: Callable[[], Emulated] | None = None, clock: Callable[[], float] = standing_clock) -> Steps:
-    return Steps(CPU, lambda: [], torch.equal, graph, clock)
+def steps(graphs: Emulation | None = None, clock: Callable[[], float] = standing_clock) -> Steps:
+    return Steps(CPU, lambda: [], torch.equal, graphs, clock)
 
 
 def nothing() -> None:
@@ -217,7 +231,7 @@ def test_each_check_starts_over_so_that_nothing_is_done_twice() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         return aside(keep, x * 2) + 1
 
-    for mine in (steps(), steps(Emulated)):
+    for mine in (steps(), steps(Emulation())):
         for number in range(8):
             kept.clear()
             assert (
@@ -228,31 +242,93 @@ def test_each_check_starts_over_so_that_nothing_is_done_twice() -> None:
         assert mine.trusted == 1
 
 
-def test_a_pass_that_fails_is_recorded_another_time() -> None:
-    calls = 0
+def test_a_pass_that_fails_while_it_is_watched_is_done_unwatched() -> None:
+    watched: list[bool] = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
+        watched.append(torch._C._len_torch_function_stack() > 0)
+        if watched[-1]:
             raise MemoryError
         return -x
 
     mine = steps()
-    mine.run("kind", function, nothing, torch.ones(1))
-    with pytest.raises(MemoryError):
-        mine.run("kind", function, nothing, torch.ones(1))
-    for _ in range(LEARNING):
-        mine.run("kind", function, nothing, torch.ones(1))
-    assert mine.trusted == 1
+    for number in range(LEARNING + 2):
+        assert mine.run("kind", function, nothing, torch.tensor([number])).item() == -number
+    assert watched == [False, True, *[False] * (LEARNING + 1)] and mine.trusted == 0
+
+
+@pytest.mark.parametrize("graphs", [None, Emulation()])
+@pytest.mark.parametrize("good", range(4))
+def test_a_recording_that_fails_is_never_run_again(good: int, graphs: Emulation | None) -> None:
+    """In a check or long after; what is aside may fail at any step."""
+    aside_calls, kept = 0, []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        nonlocal aside_calls
+        aside_calls += 1
+        kept.append(x.item())
+        return x.clone()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return aside(look, x * 2) + 1
+
+    mine = steps(graphs)
+    for number in range(2 + good):
+        mine.run("kind", function, kept.clear, torch.tensor([float(number)]))
+    (course,) = mine._courses.values()
+    working = course.step
+
+    def fails(*_: torch.Tensor) -> torch.Tensor:
+        assert working is not None
+        kept.append(-1.0)
+        raise RuntimeError("out of memory")
+
+    course.step = fails
+    for number in range(9, 12):
+        kept.clear()
+        assert mine.run("kind", function, kept.clear, torch.tensor([float(number)])).item() == 2 * number + 1
+        assert kept == [2.0 * number]
+    assert mine.trusted == 0
+
+
+@pytest.mark.parametrize("changes_at", range(1, LEARNING))
+def test_a_family_that_changes_its_ways_spoils_no_session(changes_at: int) -> None:
+    """Whatever the checks find, the session keeps what the family's own pass made."""
+    span, other = (Span.load(tiny("llama").checkpoint, 0, LAYERS) for _ in range(2))
+    other.record_steps(None)
+    caches = [each.new_cache(0, LAYERS, CAPACITY) for each in (span, other)]
+    text = random_tokens(1, LENGTH)
+    mlp = [each._model.get_submodule("model.layers.1.mlp") for each in (span, other)]
+    for place in range(LEARNING + 1):
+        if place == changes_at:
+            for part in mlp:
+                part.register_forward_hook(lambda _, __, output: output * 1.5)
+        ours, own = (
+            each.forward_rows([each.row(text[:, place : place + 1], cache, place)])[0]
+            for each, cache in zip((span, other), caches, strict=True)
+        )
+        other.record_steps(None)  # so that it never comes to its second pass
+        assert ours is not None and own is not None
+        assert torch.equal(ours, own)
+    assert span.recorded_steps == (changes_at == 1)
 
 
 def test_the_least_recently_used_recordings_are_dropped() -> None:
     mine = steps()
     for kind in range(2 * MOST):
-        for _ in range(LEARNING):
-            mine.run(kind, torch.neg, nothing, torch.ones(kind + 1))
+        for number in range(LEARNING):
+            mine.run(kind, torch.neg, nothing, torch.full((kind + 1,), float(number)))
     assert mine.trusted == MOST
+
+
+def test_the_same_numbers_again_check_nothing() -> None:
+    mine = steps()
+    for _ in range(9):
+        mine.run("kind", torch.neg, nothing, torch.ones(1))
+    assert mine.trusted == 0
+    for number in range(CHECKS):
+        mine.run("kind", torch.neg, nothing, torch.tensor([5.0 + number]))
+    assert mine.trusted == 1
 
 
 def test_what_cannot_be_captured_is_run_from_its_recording() -> None:
@@ -260,7 +336,7 @@ def test_what_cannot_be_captured_is_run_from_its_recording() -> None:
         def capture(self, function: Callable[[], None]) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    mine = steps(Refusing)
+    mine = steps(Emulation(Refusing))
     for number in range(LEARNING + 2):
         assert mine.run("kind", torch.neg, nothing, torch.tensor([number])).item() == -number
     assert mine.trusted == 1
@@ -281,7 +357,7 @@ def test_graphs_are_used_where_they_are_faster(graphs_are_faster: bool) -> None:
         now += 2.0
         return -x
 
-    mine = steps(Costly, lambda: now)
+    mine = steps(Emulation(Costly), lambda: now)
     for number in range(LEARNING + 3):
         if number == LEARNING:
             replays = 0
@@ -295,7 +371,7 @@ def test_a_graphed_step_keeps_nothing_of_the_one_before() -> None:
 
     _, recording = record(function, [torch.ones(2), torch.ones(2)], [])
     assert isinstance(recording, Recording)
-    step = GraphedStep(recording, [torch.ones(2), torch.ones(2)], Emulated)
+    step = GraphedStep(recording, [torch.ones(2), torch.ones(2)], Emulation())
 
     first = step(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 7.0]))
     second = step(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]))
