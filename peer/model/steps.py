@@ -132,20 +132,23 @@ class Steps:
             return result
         course.recorded_with = tuple(each.clone() for each in now.inputs)
         course.recording = found
-        course.step = self._captured(found, now)
+        course.step = found.run
+        if self._graphs is not None:
+            course.step = self._captured(found, self._graphs, now)
+            # What capturing has left in the caches was not checked by anyone.
+            now.start_over()
+            result = now.function(*now.inputs)
         return result
 
-    def _captured(self, recording: Recording, now: _Pass) -> Step:
-        """As graphs, where they are wanted and nothing forbids it."""
-        if self._graphs is None:
-            return recording.run
+    def _captured(self, recording: Recording, graphs: Graphs, now: _Pass) -> Step:
+        """As graphs, where nothing forbids it."""
         try:
             # What cannot be captured shows here, where it does no harm.
-            with self._graphs.rehearsal():
+            with graphs.rehearsal():
                 now.start_over()
                 recording.run(*(each.clone() for each in now.inputs))
             now.start_over()
-            return GraphedStep(recording, now.inputs, self._graphs)
+            return GraphedStep(recording, now.inputs, graphs)
         except Exception as error:
             log.warning("steps are not captured as graphs on this device: %s", first_line(error))
             self._graphs = None

@@ -291,26 +291,45 @@ def test_a_recording_that_fails_is_never_run_again(good: int, graphs: Emulation 
     assert mine.trusted == 0
 
 
+def check_against_another(span: Span, steps: int, before: Callable[[int, Span], None] | None = None) -> None:
+    """A session gets the bits that it gets where nothing is recorded. `before` is called before each step."""
+    spans = [span, Span.load(tiny("llama").checkpoint, 0, LAYERS)]
+    caches = [each.new_cache(0, LAYERS, CAPACITY) for each in spans]
+    text = random_tokens(1, steps)
+    for place in range(steps):
+        spans[1].record_steps(None)  # so that it never comes to its second pass
+        found = []
+        for each, cache in zip(spans, caches, strict=True):
+            if before is not None:
+                before(place, each)
+            found += each.forward_rows([each.row(text[:, place : place + 1], cache, place)])
+        ours, own = found
+        assert ours is not None and own is not None and torch.equal(ours, own)
+
+
 @pytest.mark.parametrize("changes_at", range(1, LEARNING))
 def test_a_family_that_changes_its_ways_spoils_no_session(changes_at: int) -> None:
     """Whatever the checks find, the session keeps what the family's own pass made."""
-    span, other = (Span.load(tiny("llama").checkpoint, 0, LAYERS) for _ in range(2))
-    other.record_steps(None)
-    caches = [each.new_cache(0, LAYERS, CAPACITY) for each in (span, other)]
-    text = random_tokens(1, LENGTH)
-    mlp = [each._model.get_submodule("model.layers.1.mlp") for each in (span, other)]
-    for place in range(LEARNING + 1):
+
+    def change(place: int, span: Span) -> None:
         if place == changes_at:
-            for part in mlp:
-                part.register_forward_hook(lambda _, __, output: output * 1.5)
-        ours, own = (
-            each.forward_rows([each.row(text[:, place : place + 1], cache, place)])[0]
-            for each, cache in zip((span, other), caches, strict=True)
-        )
-        other.record_steps(None)  # so that it never comes to its second pass
-        assert ours is not None and own is not None
-        assert torch.equal(ours, own)
+            part = span._model.get_submodule("model.layers.1.mlp")
+            part.register_forward_hook(lambda _, __, output: output * 1.5)
+
+    span = Span.load(tiny("llama").checkpoint, 0, LAYERS)
+    check_against_another(span, LEARNING + 1, change)
     assert span.recorded_steps == (changes_at == 1)
+
+
+def test_graphs_that_compute_nothing_spoil_no_session() -> None:
+    class Idle(Emulated):
+        def replay(self) -> None:
+            """As if it had been captured on another device."""
+
+    span = Span.load(tiny("llama").checkpoint, 0, LAYERS)
+    span.record_steps(Emulation(Idle), standing_clock)
+    check_against_another(span, LEARNING + 3)
+    assert span.recorded_steps == 0
 
 
 def test_the_least_recently_used_recordings_are_dropped() -> None:
