@@ -73,9 +73,11 @@ class CudaGraphs:
         with torch.cuda.device(self._device):
             usual = torch.cuda.current_stream()
             self._stream.wait_stream(usual)
-            with torch.cuda.stream(self._stream):
-                yield
-            usual.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            finally:
+                usual.wait_stream(self._stream)
 
 
 class _CudaGraph:
