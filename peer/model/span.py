@@ -119,6 +119,8 @@ class Span:
         self.device = device
         self.layer_devices = {layer: layer_devices.get(layer, device) for layer in range(start, end)}
         """Where each layer lies."""
+        self._spread = any(place != device for place in self.layer_devices.values())
+        """Whether they lie on several devices."""
         self.layer_count = int(model.config.num_hidden_layers)
         self.hidden_size = int(model.config.hidden_size)
         self.vocab_size = int(model.config.vocab_size)
@@ -197,11 +199,6 @@ class Span:
     def record_steps(self, graphs: Graphs | None, clock: Callable[[], float] = time.perf_counter) -> None:
         """Forget all recordings; from now on, capture new ones in such graphs, or in none."""
         self._steps = Steps(self.device, partial(_tensors, self._model), self._same, graphs, clock)
-
-    @property
-    def _spread(self) -> bool:
-        """Whether it lies on several devices."""
-        return any(device != self.device for device in self.layer_devices.values())
 
     @property
     def weights_bytes(self) -> int:

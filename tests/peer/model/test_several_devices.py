@@ -40,6 +40,7 @@ def on_two_gpus(span: Span) -> Iterator[Span]:
     if families.fused_experts(span._model):
         # The other ways to choose experts look at numbers, or at how they are aligned.
         span._model.set_experts_implementation("batched_mm")
+    span._spread = True
     span.device, span.layer_devices = FIRST, {layer: PLACES[layer] for layer in span.layer_devices}
     span._apart = {path: PLACES[layer] for layer, path in zip(span.layer_devices, span._apart, strict=True)}
     for path, part in span._model.named_modules():
