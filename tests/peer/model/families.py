@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
@@ -279,3 +280,12 @@ def tiny(family: str) -> Tiny:
 
 
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="corolla-tiny-")
+
+
+def every_family(*, but: Collection[str] = ()) -> list[Any]:
+    """Parameters for a test: the few of `NAMED`, and the wider circle where slow tests run."""
+    return [
+        pytest.param(name, marks=() if name in NAMED else pytest.mark.slow)
+        for name in (*NAMED, *WIDER)
+        if name not in but
+    ]

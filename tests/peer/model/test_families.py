@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from peer.model.span import Span
-from tests.peer.model.families import CAPACITY, LAYERS, NAMED, VOCAB, WIDER, Tiny, random_tokens, tiny
+from tests.peer.model.families import CAPACITY, LAYERS, VOCAB, Tiny, every_family, random_tokens, tiny
 
 LENGTH = 24
 """Three times the sliding window of the families that have one."""
 
 
-@pytest.fixture(params=[*NAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDER)])
+@pytest.fixture(params=every_family())
 def model(request: pytest.FixtureRequest) -> Tiny:
     torch.manual_seed(1)
     return tiny(request.param)

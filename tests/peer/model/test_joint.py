@@ -21,9 +21,9 @@ from tests.peer.model.families import (
     LAYERS,
     NAMED,
     VOCAB,
-    WIDER,
     Tiny,
     config_of,
+    every_family,
     random_model,
     random_tokens,
     save,
@@ -53,7 +53,7 @@ ONE_BY_ONE = {
 """Families whose attention is their own, or whose masks are."""
 
 
-@pytest.fixture(params=[*NAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDER)])
+@pytest.fixture(params=every_family())
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

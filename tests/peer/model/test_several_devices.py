@@ -20,7 +20,7 @@ from peer.model.extras import Adapter, Extras
 from peer.model.kv_cache import KVCache
 from peer.model.span import Span
 from peer.model.steps import CHECKS
-from tests.peer.model.families import CAPACITY, LAYERS, NAMED, WIDER, Tiny, random_tokens, tiny
+from tests.peer.model.families import CAPACITY, LAYERS, Tiny, every_family, random_tokens, tiny
 from tests.peer.model.test_joint import ONE_BY_ONE
 from tests.peer.model.test_steps import GATHERED, check_against_the_whole
 
@@ -66,14 +66,7 @@ def kept_on(cache: KVCache) -> list[torch.device]:
     return [kept.keys.read(0, 1).device for kept in cache._kept.values()]
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=() if name in NAMED else pytest.mark.slow)
-        for name in (*NAMED, *WIDER)
-        if name not in NOT_PLAYED
-    ],
-)
+@pytest.mark.parametrize("family", every_family(but=NOT_PLAYED))
 def test_every_family_computes_each_layer_where_it_lies(family: str) -> None:
     with (
         pytest.MonkeyPatch.context() as patch,

@@ -17,7 +17,7 @@ from peer.model.kv_cache import KVCache
 from peer.model.recording import Recording, aside, record
 from peer.model.span import Span
 from peer.model.steps import CHECKS, MOST, Steps
-from tests.peer.model.families import CAPACITY, LAYERS, NAMED, WIDER, Tiny, random_tokens, tiny
+from tests.peer.model.families import CAPACITY, LAYERS, Tiny, every_family, random_tokens, tiny
 from tests.peer.model.quantizations import FAST, quantization
 from tests.peer.model.test_joint import ONE_BY_ONE
 
@@ -95,14 +95,6 @@ def standing_clock() -> float:
     return 0.0
 
 
-ALL = [*NAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDER)]
-RECORDED = [
-    pytest.param(name, marks=() if name in NAMED else pytest.mark.slow)
-    for name in (*NAMED, *WIDER)
-    if name not in ONE_BY_ONE | GATHERED
-]
-
-
 def advance(
     spans: Sequence[Span], sessions: Sequence[Sequence[KVCache]], states: list[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -135,7 +127,7 @@ def check_against_the_whole(model: Tiny, spans: Sequence[Span], held: Sequence[i
             torch.testing.assert_close(mine, whole[0, place], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", every_family())
 def test_every_family_computes_the_same_from_its_recordings(family: str) -> None:
     """Past the sliding windows, alone and in company."""
     torch.manual_seed(3)
@@ -149,7 +141,7 @@ def test_every_family_computes_the_same_from_its_recordings(family: str) -> None
     assert {span.recorded_steps for span in model.spans} == {2 * recorded}
 
 
-@pytest.mark.parametrize("family", RECORDED)
+@pytest.mark.parametrize("family", every_family(but=ONE_BY_ONE | GATHERED))
 def test_every_family_computes_the_same_in_captured_graphs(family: str) -> None:
     torch.manual_seed(4)
     model = tiny(family)

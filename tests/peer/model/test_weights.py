@@ -16,7 +16,7 @@ from peer.model.quantization import pack_matrices
 from peer.model.quantized_cache import QuantizedCache
 from peer.model.span import Span
 from peer.model.weights import PackedWeight, Rows, Weights
-from tests.peer.model.families import CUTS, NAMED, WIDER, Tiny, random_tokens, tiny
+from tests.peer.model.families import CUTS, Tiny, every_family, random_tokens, tiny
 from tests.peer.model.quantizations import ERROR, FAST, quantization
 
 conv1d: Any = Conv1D
@@ -181,7 +181,7 @@ def test_a_gradient_passes_through_packed_weights(name: str) -> None:
 # ---------------------------------------------------------------- whole families
 
 
-@pytest.fixture(params=[*NAMED, *(pytest.param(name, marks=pytest.mark.slow) for name in WIDER)])
+@pytest.fixture(params=every_family())
 def model(request: pytest.FixtureRequest) -> Tiny:
     torch.manual_seed(1)
     return tiny(request.param)
